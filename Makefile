@@ -1,0 +1,61 @@
+# Two commands: `make book` renders the chapters, `make test` proves them. Each sets up all that it needs in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+export OMP_WAIT_POLICY ?= passive
+CHAPTERS_STRICT := book/elbo.ipynb
+CHAPTERS_LAX := book/mnist-mlp.ipynb
+
+.PHONY: help setup test test-unit test-notebooks test-real book execute equations mutants lint benchmark clean
+
+help:
+	@echo "make book       render the book to _build/html/index.html"
+	@echo "make test       unit tests and every notebook, fast tier, no network"
+	@echo "make test-real  tests on the real data sets in \$$VAELIB_DATA"
+	@echo "make execute    re-run the notebooks on real data and store their outputs and results"
+	@echo "make equations  table: labelled equation -> function -> test"
+	@echo "make mutants    break the loss in every way; list what no test notices"
+	@echo "make benchmark  images per second of the trainer, beside the usual ways"
+	@echo "make lint       ruff"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[book,test]" --constraint constraints.txt
+	touch $(READY)
+
+test: test-unit test-notebooks
+
+test-unit: $(READY)
+	$(BIN)/python -m pytest tests -m "not real_data"
+
+test-notebooks: $(READY)
+	VAELIB_FAST=1 $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT)
+	VAELIB_FAST=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX)
+
+test-real: $(READY)
+	$(BIN)/python -m pytest tests -m real_data
+
+book: $(READY)
+	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going --quiet
+	@echo "The book: _build/html/index.html"
+
+execute: $(READY)
+	$(BIN)/python book/_scripts/execute.py $(CHAPTERS_STRICT) $(CHAPTERS_LAX)
+
+equations: $(READY)
+	$(BIN)/python book/_scripts/equations.py
+
+mutants: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[mutants]" --constraint constraints.txt
+	$(BIN)/python tests/mutants.py
+
+benchmark: $(READY)
+	$(BIN)/python benchmarks/train_throughput.py
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf _build mutants .pytest_cache

@@ -1,0 +1,66 @@
+"""Shared pieces of the tests: one torch thread, small models, and the switch for the real data sets."""
+
+import os
+import subprocess
+import sys
+
+import hypothesis
+import pytest
+import torch
+
+import vaelib
+from vaelib.data import CHECKSUMS, data_folder
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("book", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("book")
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return vaelib.load_images("digits")
+
+
+@pytest.fixture
+def small_vae():
+    """An untrained VAE for the digits, with weights large enough that the posterior depends on the image."""
+    torch.manual_seed(0)
+    model = vaelib.mlp_vae((1, 28, 28), (32,), 4)
+    with torch.no_grad():
+        model.encoder.head.weight.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """Load a real data set, or skip where its files are not at hand."""
+
+    def load(name, split="train"):
+        missing = [file for file in CHECKSUMS[name] if not (data_folder() / file).is_file()]
+        if missing:
+            pytest.skip(f"{name} is not in {data_folder()}: set VAELIB_DATA to a folder that has it")
+        return vaelib.load_images(name, split, download=False)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def vaelib_command():
+    """Run `vaelib ...` in a process of its own, as a user does."""
+
+    def run(*arguments, cwd=None, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "vaelib", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=250,
+            cwd=cwd,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        )
+
+    return run

@@ -1,0 +1,346 @@
+"""Each likelihood is a distribution: it sums or integrates to 1, agrees with an independent form, and owns its pixels."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import logistic
+from torch.distributions import Normal
+
+from vaelib import Bernoulli, DiscretizedLogistic, Gaussian, GreyBCENotALikelihood, bits_per_dim
+from vaelib.likelihoods import LIKELIHOODS, Likelihood, make_likelihood
+
+ALL = list(LIKELIHOODS)
+LEVELS = torch.arange(256)
+RAMP = LEVELS.to(torch.uint8).view(256, 1, 1, 1)  # one image of one pixel per grey level
+
+
+def params_for(likelihood, x, generator=None):
+    shape = (len(x), likelihood.params_per_value * x.shape[1], *x.shape[2:])
+    return torch.randn(shape, generator=generator)
+
+
+@pytest.mark.equation("bernoulli-log-prob")
+def test_bernoulli_sums_to_one_over_all_binary_images(generator):
+    images = torch.tensor(list(itertools.product([0.0, 1.0], repeat=6))).view(64, 1, 2, 3)
+    params = torch.randn(1, 1, 2, 3, generator=generator).expand(64, 1, 2, 3) * 3
+    assert Bernoulli().log_prob(images, params).exp().sum().item() == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.equation("bernoulli-log-prob")
+def test_bernoulli_is_the_sum_of_log_p_and_log_one_minus_p(generator):
+    x = torch.randint(0, 2, (5, 3, 2, 2), generator=generator).double()
+    logits = torch.randn(5, 3, 2, 2, generator=generator, dtype=torch.float64)
+    p = torch.sigmoid(logits)
+    expected = (x * p.log() + (1 - x) * (1 - p).log()).sum((1, 2, 3))
+    torch.testing.assert_close(Bernoulli().log_prob(x, logits), expected)
+
+
+@pytest.mark.equation("bernoulli-log-prob")
+def test_dynamic_binarization_is_one_with_probability_pixel_over_255(generator):
+    pixels = torch.tensor([0, 1, 100, 254, 255], dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 400, 500)
+    likelihood = Bernoulli()
+    for x in (likelihood.observe(pixels, generator), likelihood.observe(pixels, uniform=torch.rand(5, 1, 400, 500, generator=generator))):
+        assert set(x.unique().tolist()) == {0, 1}
+        share, p = x.mean((1, 2, 3)), torch.tensor([0, 1, 100, 254, 255]) / 255
+        assert ((share - p).abs() <= 4 * (p * (1 - p) / 200_000).sqrt()).all()
+        assert share[0] == 0
+        assert share[-1] == 1
+
+
+def test_dynamic_binarization_follows_the_given_uniform_numbers():
+    pixels = torch.tensor([[51, 51]], dtype=torch.uint8).view(1, 1, 1, 2)  # p = 0.2
+    assert Bernoulli().observe(pixels, uniform=torch.tensor([0.19, 0.2]).view(1, 1, 1, 2)).flatten().tolist() == [1, 0]
+
+
+def test_dynamic_binarization_draws_anew_at_each_call(generator):
+    pixels = torch.full((1, 1, 28, 28), 128, dtype=torch.uint8)
+    likelihood = Bernoulli()
+    first, second = likelihood.observe(pixels, generator), likelihood.observe(pixels, generator)
+    assert not torch.equal(first, second)
+    again = likelihood.observe(pixels, torch.Generator().manual_seed(0))
+    assert torch.equal(first, again)
+
+
+def test_threshold_binarization_cuts_at_128():
+    likelihood = Bernoulli("threshold")
+    x = likelihood.observe(RAMP)
+    assert x.dtype == torch.float32
+    assert x.flatten().tolist() == [0.0] * 128 + [1.0] * 128
+    with pytest.raises(ValueError, match="binarize: got 'treshold', expected one of 'sample', 'threshold'; did you mean 'threshold'"):
+        Bernoulli("treshold")
+
+
+@pytest.mark.equation("gaussian-log-prob")
+@pytest.mark.parametrize("learned", [False, True])
+def test_gaussian_agrees_with_torch_distributions_with_all_constants(generator, learned):
+    x, mean = torch.rand(2, 4, 3, 5, 5, generator=generator).mul(2).sub(1)
+    expected = Normal(mean, 0.3).log_prob(x).sum((1, 2, 3))
+    torch.testing.assert_close(Gaussian(0.3, learned).log_prob(x, mean), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_gaussian_integrates_to_one():
+    x = torch.linspace(-8, 8, 20_001, dtype=torch.float64).view(-1, 1, 1, 1)
+    density = Gaussian(0.7).log_prob(x, torch.full_like(x, 0.4)).exp()
+    assert torch.trapezoid(density, x.flatten()).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_only_the_learned_scale_is_a_parameter():
+    assert list(Gaussian(0.3).parameters()) == []
+    likelihood = Gaussian(0.3, learned=True)
+    assert [p.exp().item() for p in likelihood.parameters()] == [pytest.approx(0.3)]
+    x = torch.zeros(2, 1, 1, 1)
+    likelihood.log_prob(x, x).sum().backward()
+    assert likelihood.log_scale.grad.item() == pytest.approx(-2)  # d/ds of -log s, twice
+
+
+def logistic_params(location, log_scale, count):
+    return torch.tensor([location, log_scale]).view(1, 2, 1, 1).expand(count, 2, 1, 1)
+
+
+@pytest.mark.equation("discretized-logistic-log-prob")
+@pytest.mark.parametrize("location", [-50.0, -1.5, -1.0, -0.9999, -0.5, 0.0, 0.003, 0.5, 0.9961, 1.0, 1.5, 50.0])
+@pytest.mark.parametrize("log_scale", [-100.0, -7.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 2.0, 4.0, 7.0, 100.0])
+def test_discretized_logistic_sums_to_one_over_the_256_levels(location, log_scale):
+    likelihood = DiscretizedLogistic()
+    log_prob = likelihood.log_prob(likelihood.observe(RAMP), logistic_params(location, log_scale, 256))
+    assert torch.isfinite(log_prob).all()
+    assert log_prob.double().exp().sum().item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.equation("discretized-logistic-log-prob")
+@pytest.mark.parametrize("level", [0, 1, 2, 100, 128, 253, 254, 255])
+@pytest.mark.parametrize(("location", "log_scale"), [(0.0, -3.0), (-0.99, -4.0), (0.7, -1.0), (1.2, 0.0), (-0.3, 2.0)])
+def test_discretized_logistic_is_the_logistic_mass_of_the_levels_bin(level, location, log_scale):
+    scale = math.exp(log_scale)
+    upper = math.inf if level == 255 else (2 * level - 254) / 255
+    lower = -math.inf if level == 0 else (2 * level - 256) / 255
+    mass = logistic.cdf(upper, location, scale) - logistic.cdf(lower, location, scale)
+    if upper > location:  # the tail that keeps its digits
+        mass = logistic.sf(lower, location, scale) - logistic.sf(upper, location, scale)
+    likelihood = DiscretizedLogistic()
+    log_prob = likelihood.log_prob(likelihood.observe(RAMP[level : level + 1]), logistic_params(location, log_scale, 1))
+    assert log_prob.item() == pytest.approx(math.log(mass), rel=1e-4, abs=1e-5)
+
+
+def test_discretized_logistic_clamps_its_log_scale_at_seven_on_both_sides():
+    likelihood = DiscretizedLogistic()
+    x = likelihood.observe(RAMP)
+    for beyond, bound in ((-9.0, -7.0), (9.0, 7.0)):
+        assert torch.equal(likelihood.log_prob(x, logistic_params(0.1, beyond, 256)), likelihood.log_prob(x, logistic_params(0.1, bound, 256)))
+    within = [likelihood.log_prob(x, logistic_params(0.1, s, 256)) for s in (-7.0, -6.9, 6.9, 7.0)]
+    assert not torch.equal(within[0], within[1])
+    assert not torch.equal(within[2], within[3])
+
+
+def test_discretized_logistic_takes_location_and_log_scale_from_the_channel_axis(generator):
+    likelihood = DiscretizedLogistic()
+    x = likelihood.observe(torch.randint(0, 256, (2, 3, 4, 5), generator=generator, dtype=torch.uint8))
+    params = torch.randn(2, 6, 4, 5, generator=generator)
+    per_channel = sum(likelihood.log_prob(x[:, c : c + 1], params[:, [c, c + 3]]) for c in range(3))
+    torch.testing.assert_close(likelihood.log_prob(x, params), per_channel)
+
+
+@pytest.mark.parametrize(("location", "log_scale"), [(0.0, -3.0), (-0.99, -2.0), (0.9, -1.0), (0.2, 0.0)])
+def test_discretized_logistic_mean_is_the_mean_of_its_256_probabilities(location, log_scale):
+    likelihood = DiscretizedLogistic()
+    params = logistic_params(location, log_scale, 256).double()
+    x = likelihood.observe(RAMP).double()
+    expected = (likelihood.log_prob(x, params).exp() * x.flatten()).sum().item()
+    assert likelihood.mean(params)[0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def log_probs_of_all_values(likelihood, params):
+    """Every value x can take, with its log-probability under params (1, P, 1, 1)."""
+    values = torch.linspace(likelihood.lowest, likelihood.highest, likelihood.values).view(-1, 1, 1, 1)
+    return values.flatten(), likelihood.log_prob(values, params.expand(len(values), -1, 1, 1))
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli(), DiscretizedLogistic()], ids=["bernoulli", "discretized_logistic"])
+@pytest.mark.parametrize("first", [-0.95, 0.3])
+def test_samples_have_the_probabilities_of_log_prob(likelihood, first, generator):
+    params = torch.tensor([first, -3.0][: likelihood.params_per_value]).view(1, -1, 1, 1)
+    values, log_probs = log_probs_of_all_values(likelihood, params)
+    draws = likelihood.sample(params.expand(40_000, -1, 1, 1), generator).flatten()
+    observed = (draws[:, None] - values).abs().min(1)
+    assert observed.values.max() < 1e-6  # each draw is a value that x can take
+    share = observed.indices.bincount(minlength=len(values)) / len(draws)
+    p = log_probs.exp()
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / len(draws)).sqrt() + 1e-4).all()
+    assert likelihood.mean(params).item() == pytest.approx(draws.mean().item(), abs=5 * draws.std().item() / 200)
+
+
+def test_gaussian_samples_have_its_mean_and_scale(generator):
+    params = torch.full((50_000, 1, 1, 1), 0.4)
+    likelihood = Gaussian(0.3)
+    draws = likelihood.sample(params, generator)
+    assert likelihood.mean(params).equal(params)
+    assert draws.mean().item() == pytest.approx(0.4, abs=5 * 0.3 / math.sqrt(50_000))
+    assert draws.std().item() == pytest.approx(0.3, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "discretized_logistic", "grey_bce_not_a_likelihood"])
+def test_pixels_survive_observe_and_to_pixels(name):
+    likelihood = make_likelihood(name)
+    x = likelihood.observe(RAMP)
+    assert x.dtype == torch.float32
+    assert x.min().item() == likelihood.lowest
+    assert x.max().item() == likelihood.highest
+    assert torch.equal(likelihood.to_pixels(x), RAMP)
+
+
+def test_to_pixels_rounds_and_clamps():
+    assert Bernoulli().to_pixels(torch.tensor([-0.1, 0.0, 0.499, 0.501, 1.0, 1.1])).tolist() == [0, 0, 127, 128, 255, 255]
+    assert Gaussian().to_pixels(torch.tensor([-1.2, -1.0, 0.0, 1.0, 1.2])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_grey_bce_is_marked_as_no_likelihood_and_does_not_integrate_to_one():
+    score = GreyBCENotALikelihood()
+    assert not score.normalized
+    assert all(LIKELIHOODS[name]().normalized for name in ALL if name != "grey_bce_not_a_likelihood")
+    x = torch.linspace(0, 1, 10_001).view(-1, 1, 1, 1)
+    mass = torch.trapezoid(score.log_prob(x, torch.full_like(x, 2.0)).exp(), x.flatten()).item()
+    p = 1 / (1 + math.exp(-2))
+    assert mass == pytest.approx((2 * p - 1) / 2, abs=1e-6)  # the integral of p^x (1 - p)^(1 - x), with logit 2: 0.38, not 1
+
+
+@pytest.mark.equation("bits-per-dim")
+def test_bits_per_dim_of_the_uniform_distribution_are_eight():
+    nats = -3072 * math.log(256)
+    assert bits_per_dim(nats, 3072, DiscretizedLogistic()) == pytest.approx(8)
+    assert bits_per_dim(torch.tensor([nats, nats / 2]), 3072, DiscretizedLogistic()).tolist() == pytest.approx([8, 4])
+    assert bits_per_dim(-784 * math.log(2), 784, Bernoulli()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "grey_bce_not_a_likelihood"])
+def test_bits_per_dim_is_refused_where_it_has_no_meaning(name):
+    with pytest.raises(ValueError, match=f"likelihood: got '{name}', expected one over discrete values"):
+        bits_per_dim(-1.0, 784, make_likelihood(name))
+    with pytest.raises(ValueError, match="num_dims: got int 0, expected an integer of at least 1"):
+        bits_per_dim(-1.0, 0, Bernoulli())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_log_prob_is_per_image_and_independent_of_the_other_images(name, generator):
+    likelihood = make_likelihood(name)
+    x = likelihood.observe(torch.randint(0, 256, (6, 2, 3, 4), generator=generator, dtype=torch.uint8), generator)
+    params = params_for(likelihood, x, generator)
+    together = likelihood.log_prob(x, params)
+    assert together.shape == (6,)
+    apart = torch.cat([likelihood.log_prob(x[i : i + 1], params[i : i + 1]) for i in range(6)])
+    torch.testing.assert_close(together, apart)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_wrong_x_is_refused_with_its_name(name):
+    likelihood = make_likelihood(name)
+    x = torch.zeros(2, 1, 4, 4) if likelihood.lowest == 0 else torch.full((2, 1, 4, 4), 1.0)
+    params = params_for(likelihood, x)
+    pixels = torch.full((2, 1, 4, 4), 200, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"x: got a uint8 tensor .* call likelihood.observe\(pixels\) first"):
+        likelihood.log_prob(pixels, params)
+    with pytest.raises(ValueError, match=r"x: got .*likelihood.observe\(pixels\) scales uint8 pixels"):
+        likelihood.log_prob(pixels.float(), params)
+    with pytest.raises(ValueError, match=r"x: got NaN"):
+        likelihood.log_prob(torch.full_like(x, math.nan), params)
+    with pytest.raises(ValueError, match=r"x: got NaN"):
+        likelihood.log_prob(torch.cat([x[:1], torch.full_like(x[:1], math.nan)]), params)
+    with pytest.raises(ValueError, match=r"params: got a float32 tensor of shape .*, expected shape \(2, "):
+        likelihood.log_prob(x, params[:1])
+    with pytest.raises(ValueError, match=r"params: .* expected shape"):
+        likelihood.log_prob(x, params.repeat(1, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"x: got an empty set"):
+        likelihood.log_prob(x[:0], params[:0])
+    with pytest.raises(ValueError, match=r"x: got a float32 tensor of shape \(2, 4, 4\), expected shape \(N, C, H, W\)"):
+        likelihood.log_prob(x[:, 0], params)
+    with pytest.raises(ValueError, match=r"x: got an? int64 tensor of shape .*, expected a floating-point tensor"):
+        likelihood.log_prob(x.long(), params)
+    assert likelihood.log_prob(x * 3, params, validate=False).shape == (2,)  # only the values go unchecked
+    with pytest.raises(ValueError, match="params"):
+        likelihood.log_prob(x, params[:1], validate=False)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_values_on_the_border_of_the_range_pass_and_values_beyond_do_not(name):
+    likelihood = make_likelihood(name)
+    border = 10.0 if name == "gaussian" else likelihood.highest
+    low = -10.0 if name == "gaussian" else likelihood.lowest
+    for value in (border, low):
+        likelihood.check_values(torch.full((1, 1, 2, 2), value))
+        beyond = torch.tensor([value, value + (0.01 if value > 0 else -0.01)]).view(1, 1, 1, 2)
+        with pytest.raises(ValueError, match=r"x: got"):
+            likelihood.check_values(beyond)
+
+
+def test_bernoulli_refuses_grey_values():
+    x = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3)
+    with pytest.raises(ValueError, match="x: got values between 0 and 1, expected only 0 and 1"):
+        Bernoulli().log_prob(x, torch.zeros_like(x))
+    assert GreyBCENotALikelihood().log_prob(x, torch.zeros_like(x)).item() == pytest.approx(-3 * math.log(2))
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("bad", [torch.rand(2, 1, 4, 4), torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8), [1]])
+def test_observe_wants_uint8_images(name, bad):
+    with pytest.raises(ValueError, match=r"pixels: got .*expected"):
+        make_likelihood(name).observe(bad)
+
+
+def test_an_unknown_likelihood_is_answered_with_the_nearest_name():
+    with pytest.raises(ValueError, match="likelihood: got 'bernouli', expected one of .*; did you mean 'bernoulli'"):
+        make_likelihood("bernouli")
+    with pytest.raises(ValueError, match=r"likelihood: got arguments \{'sigma': 1\}, which 'gaussian' does not take"):
+        make_likelihood({"name": "gaussian", "sigma": 1})
+    for scale in (0, -1.0, math.nan, "1"):
+        with pytest.raises(ValueError, match="scale: got .*, expected a finite number above 0"):
+            Gaussian(scale)
+
+
+@pytest.mark.parametrize("config", [*ALL, {"name": "gaussian", "scale": 0.2, "learned": True}, {"name": "bernoulli", "binarize": "threshold"}])
+def test_a_likelihood_is_rebuilt_by_its_config(config):
+    likelihood = make_likelihood(config)
+    again = make_likelihood(likelihood.config)
+    assert type(again) is type(likelihood)
+    assert again.config == likelihood.config
+    assert make_likelihood(likelihood) is likelihood
+    name = config if isinstance(config, str) else config["name"]
+    assert likelihood.config["name"] == name
+    if isinstance(config, dict):
+        assert likelihood.config == config
+    assert again.values == {"bernoulli": 2, "discretized_logistic": 256}.get(name)
+
+
+def test_the_base_class_defines_no_distribution():
+    x = torch.zeros(1, 1, 1, 1)
+    for call in (lambda: Likelihood().log_prob(x, x), lambda: Likelihood().mean(x), lambda: Likelihood().sample(x)):
+        with pytest.raises(NotImplementedError):
+            call()
+
+
+@given(
+    st.sampled_from(ALL),
+    st.integers(1, 3),
+    st.sampled_from([1, 3]),
+    st.integers(1, 4),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.sampled_from([-1e6, -100.0, -8.0, 0.0, 8.0, 100.0, 1e6]),
+    st.integers(0, 255),
+)
+def test_log_prob_and_its_gradient_are_finite_for_any_params(name, n, channels, side, dtype, value, level):
+    likelihood = make_likelihood(name)
+    x = likelihood.observe(torch.full((n, channels, side, side), level, dtype=torch.uint8)).to(dtype)
+    params = torch.full((n, likelihood.params_per_value * channels, side, side), value, dtype=dtype, requires_grad=True)
+    log_prob = likelihood.log_prob(x, params)
+    assert log_prob.shape == (n,)
+    assert not torch.isnan(log_prob).any()
+    assert torch.isfinite(log_prob).all()
+    log_prob.sum().backward()
+    assert torch.isfinite(params.grad).all()
+    mean = likelihood.mean(params.detach())
+    assert mean.shape == x.shape
+    assert torch.isfinite(mean).all()
+    assert likelihood.to_pixels(mean).dtype == torch.uint8
+    assert likelihood.sample(params.detach()).shape == x.shape

@@ -1,0 +1,125 @@
+"""The terms of the ELBO against torch.distributions, Monte Carlo and finite differences."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Independent, Normal, kl_divergence
+
+from vaelib import ElboTerms, beta_elbo, gaussian_kl, gaussian_log_density, importance_weighted_bound, loss
+
+
+def random_gaussians(generator, *shape):
+    """Mean and log-variance of two random diagonal Gaussians."""
+    mean, prior_mean = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    log_var, prior_log_var = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    return mean, log_var, prior_mean, prior_log_var
+
+
+def normal(mean, log_var):
+    return Independent(Normal(mean, (0.5 * log_var).exp()), 1)
+
+
+@pytest.mark.equation("gaussian-kl")
+def test_gaussian_kl_equals_torch_distributions(generator):
+    mean, log_var, prior_mean, prior_log_var = random_gaussians(generator, 7, 5)
+    standard = normal(torch.zeros_like(mean), torch.zeros_like(log_var))
+    torch.testing.assert_close(gaussian_kl(mean, log_var), kl_divergence(normal(mean, log_var), standard))
+    torch.testing.assert_close(
+        gaussian_kl(mean, log_var, prior_mean, prior_log_var),
+        kl_divergence(normal(mean, log_var), normal(prior_mean, prior_log_var)),
+    )
+    torch.testing.assert_close(
+        gaussian_kl(mean, log_var, prior_mean),
+        kl_divergence(normal(mean, log_var), normal(prior_mean, torch.zeros_like(log_var))),
+    )
+    torch.testing.assert_close(
+        gaussian_kl(mean, log_var, prior_log_var=prior_log_var),
+        kl_divergence(normal(mean, log_var), normal(torch.zeros_like(mean), prior_log_var)),
+    )
+
+
+@pytest.mark.equation("gaussian-kl")
+def test_gaussian_kl_matches_monte_carlo(generator):
+    mean, log_var, *_ = random_gaussians(generator, 3, 4)
+    z = mean + (0.5 * log_var).exp() * torch.randn(200_000, 3, 4, generator=generator, dtype=torch.float64)
+    ratio = normal(mean, log_var).log_prob(z) - normal(torch.zeros_like(mean), torch.zeros_like(log_var)).log_prob(z)
+    error = ratio.std(0) / math.sqrt(len(z))
+    assert ((gaussian_kl(mean, log_var) - ratio.mean(0)).abs() < 4 * error).all()
+
+
+def test_gaussian_kl_of_the_prior_itself_is_zero():
+    assert gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
+
+
+def test_gaussian_kl_refuses_to_broadcast():
+    with pytest.raises(ValueError, match=r"mean, log_var, prior_mean, prior_log_var: got shapes \(4, 3\), \(1, 3\)"):
+        gaussian_kl(torch.zeros(4, 3), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="expected equal shapes"):
+        gaussian_kl(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(3))
+
+
+@pytest.mark.equation("gaussian-log-density")
+def test_gaussian_log_density_equals_torch_distributions(generator):
+    mean, log_var, z, _ = random_gaussians(generator, 2, 7, 5)
+    torch.testing.assert_close(gaussian_log_density(z, mean, log_var), normal(mean, log_var).log_prob(z))
+    with pytest.raises(ValueError, match="z, mean, log_var: got shapes"):
+        gaussian_log_density(z, mean[0], log_var[0])
+
+
+@pytest.mark.equation("two-terms")
+def test_elbo_is_log_likelihood_minus_kl():
+    terms = ElboTerms(torch.tensor([-5.0, -2.0]), torch.tensor([1.0, 3.0]))
+    assert terms.elbo.tolist() == [-6, -5]
+
+
+@pytest.mark.equation("beta-elbo")
+def test_beta_weighs_the_kl_term_alone():
+    terms = ElboTerms(torch.tensor([-5.0, -2.0]), torch.tensor([1.0, 3.0]))
+    assert beta_elbo(terms, 4.0).tolist() == [-9, -14]
+    assert beta_elbo(terms).tolist() == terms.elbo.tolist()
+
+
+@pytest.mark.equation("loss")
+def test_loss_is_minus_the_mean_over_images_of_the_sum_over_pixels():
+    terms = ElboTerms(torch.tensor([-5.0, -2.0]), torch.tensor([1.0, 3.0]))
+    assert loss(terms).item() == 5.5
+    assert loss(terms, 4.0).item() == 11.5
+    assert loss(terms, torch.tensor(4.0)).item() == 11.5
+    with pytest.raises(ValueError, match=r"beta: got float -1\.0, expected a finite number of at least 0"):
+        loss(terms, -1.0)
+
+
+@pytest.mark.equation("importance-weighted-bound")
+def test_importance_weighted_bound_is_the_log_of_the_mean_weight(generator):
+    weights = torch.rand(6, 3, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(importance_weighted_bound(weights.log()), weights.mean(0).log())
+
+
+def test_importance_weighted_bound_survives_weights_beyond_the_floating_range():
+    bound = importance_weighted_bound(torch.tensor([[-1000.0, 1000.0], [-1000.0, 1000.0]]))
+    assert bound.tolist() == [-1000, 1000]
+    assert importance_weighted_bound(torch.tensor([[-7.0, 3.0]])).tolist() == [-7, 3]
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(0, 3), torch.zeros(2, 3, 4)])
+def test_importance_weighted_bound_wants_samples_by_images(bad):
+    with pytest.raises(ValueError, match=r"log_weights: got a float32 tensor of shape .* expected shape \(K, N\)"):
+        importance_weighted_bound(bad)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 5),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.floats(-30, 30),
+    st.floats(-20, 20),
+)
+def test_gaussian_kl_is_finite_non_negative_and_per_image(n, latent, dtype, mean, log_var):
+    kl = gaussian_kl(torch.full((n, latent), mean, dtype=dtype), torch.full((n, latent), log_var, dtype=dtype))
+    assert kl.shape == (n,)
+    assert kl.dtype == dtype
+    assert torch.isfinite(kl).all()
+    assert (kl >= -1e-5).all()

@@ -1,0 +1,304 @@
+"""The model: sampling, shapes, determinism, and estimates that don't depend on how the images were cut into batches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vaelib
+from vaelib import VAE, MLPDecoder, MLPEncoder, heldout_elbo, importance_weighted_bound, mlp_vae, noise, reparameterize
+from vaelib.likelihoods import LIKELIHOODS
+
+
+@pytest.mark.equation("reparameterization")
+def test_reparameterize_has_the_right_mean_and_variance(generator):
+    mean = torch.tensor([-1.0, 0.0, 3.0]).expand(200_000, 3)
+    log_var = torch.tensor([-2.0, 0.0, 1.0]).expand(200_000, 3)
+    z = reparameterize(mean, log_var, generator=generator)
+    std = log_var[0].mul(0.5).exp()
+    assert ((z.mean(0) - mean[0]).abs() < 5 * std / math.sqrt(200_000)).all()
+    torch.testing.assert_close(z.var(0), std**2, rtol=0.02, atol=0)
+
+
+@pytest.mark.equation("reparameterization")
+def test_reparameterize_is_the_formula_and_carries_gradients():
+    mean, log_var = torch.tensor([[1.0, -2.0]], requires_grad=True), torch.tensor([[0.0, math.log(9.0)]], requires_grad=True)
+    z = reparameterize(mean, log_var, torch.tensor([[0.5, 2.0]]))
+    assert z.tolist() == [[1.5, pytest.approx(4.0)]]
+    z.sum().backward()
+    assert mean.grad.tolist() == [[1, 1]]
+    assert log_var.grad.tolist() == [[0.25, pytest.approx(3.0)]]
+
+
+def test_reparameterize_refuses_to_broadcast():
+    with pytest.raises(ValueError, match=r"mean, log_var, eps: got shapes \(2, 3\), \(1, 3\), \(2, 3\)"):
+        reparameterize(torch.zeros(2, 3), torch.zeros(1, 3))
+    with pytest.raises(ValueError, match="mean, log_var, eps: got shapes"):
+        reparameterize(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3))
+
+
+def test_reparameterize_draws_from_its_generator_in_the_dtype_of_the_mean():
+    zeros = torch.zeros(2, 3, dtype=torch.float64)
+    draws = [reparameterize(zeros, zeros, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*draws)
+    assert draws[0].dtype == torch.float64
+    torch.manual_seed(1)
+    assert torch.equal(reparameterize(zeros, zeros), draws[0])
+
+
+def test_encode_is_deterministic(small_vae, digits):
+    x = small_vae.likelihood.observe(digits.pixels[:5])
+    first, second = small_vae.encode(x), small_vae.encode(x)
+    assert torch.equal(first.mean, second.mean)
+    assert torch.equal(first.log_var, second.log_var)
+    assert first.mean.shape == first.log_var.shape == (5, 4)
+    assert first.mean.std(0).min() > 0.05  # and it depends on x
+
+
+def test_the_log_variance_stays_where_its_exp_is_finite():
+    encoder = MLPEncoder((1, 2, 2), (), 1)
+    torch.nn.init.constant_(encoder.head.bias, 1e4)
+    assert encoder(torch.zeros(1, 1, 2, 2))[1].item() == 20
+    torch.nn.init.constant_(encoder.head.bias, -1e4)
+    assert encoder(torch.zeros(1, 1, 2, 2))[1].item() == -20
+
+
+@pytest.mark.equation("monte-carlo-elbo")
+def test_elbo_averages_the_samples_and_keeps_the_images_apart(small_vae, digits, generator):
+    x = small_vae.likelihood.observe(digits.pixels[:3], generator)
+    eps = torch.randn(4, 3, 4, generator=generator)
+    terms = small_vae.elbo(x, 4, eps)
+    singles = [small_vae.elbo(x, 1, eps[k : k + 1]) for k in range(4)]
+    torch.testing.assert_close(terms.log_likelihood, torch.stack([t.log_likelihood for t in singles]).mean(0))
+    torch.testing.assert_close(terms.kl, singles[0].kl)
+    alone = small_vae.elbo(x[1:2], 4, eps[:, 1:2])
+    torch.testing.assert_close(terms.elbo[1:2], alone.elbo)
+    assert terms.elbo.shape == (3,)
+    assert not torch.allclose(singles[0].log_likelihood, singles[1].log_likelihood)
+
+
+@pytest.mark.equation("log-weights")
+def test_log_weights_are_log_joint_minus_log_posterior(small_vae, digits, generator):
+    x = small_vae.likelihood.observe(digits.pixels[:3], generator)
+    eps = torch.randn(2, 3, 4, generator=generator)
+    mean, log_var = small_vae.encode(x)
+    q = torch.distributions.Normal(mean, (log_var / 2).exp())
+    expected = []
+    for k in range(2):
+        z = mean + (log_var / 2).exp() * eps[k]
+        log_px = small_vae.likelihood.log_prob(x, small_vae.decode(z))
+        expected.append(log_px + torch.distributions.Normal(0, 1).log_prob(z).sum(1) - q.log_prob(z).sum(1))
+    weights = small_vae.log_weights(x, 2, eps)
+    torch.testing.assert_close(weights, torch.stack(expected))
+    torch.testing.assert_close(small_vae.importance_weighted_bound(x, 2, eps), importance_weighted_bound(weights))
+    one = small_vae.log_weights(x, generator=torch.Generator().manual_seed(3))
+    assert one.shape == (1, 3)
+    assert torch.equal(one, small_vae.log_weights(x, generator=torch.Generator().manual_seed(3)))
+    k2 = [small_vae.importance_weighted_bound(x, 2, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
+    assert torch.equal(*k2)
+
+
+def test_elbo_draws_one_sample_from_its_generator(small_vae, digits):
+    x = small_vae.likelihood.observe(digits.pixels[:3])
+    first, again = (small_vae.elbo(x, generator=torch.Generator().manual_seed(3)).elbo for _ in range(2))
+    assert torch.equal(first, again)
+    eps = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(first, small_vae.elbo(x, 1, eps).elbo)
+
+
+def test_values_are_validated_unless_told_otherwise(small_vae):
+    grey = torch.full((2, 1, 28, 28), 0.5)
+    for call in (small_vae.elbo, small_vae.log_weights, lambda x, **kw: small_vae.importance_weighted_bound(x, 1, **kw)):
+        with pytest.raises(ValueError, match="x: got values between 0 and 1"):
+            call(grey)
+        assert torch.isfinite(call(grey, validate=False) if call != small_vae.elbo else call(grey, validate=False).elbo).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 1, 28, 28, dtype=torch.uint8), r"x: got a uint8 tensor .* call likelihood.observe"),
+        (torch.zeros(2, 1, 14, 14), r"x: got images of shape \(1, 14, 14\), expected \(1, 28, 28\)"),
+        (torch.zeros(2, 784), r"x: got a float32 tensor of shape \(2, 784\), expected shape \(N, C, H, W\)"),
+        (torch.zeros(0, 1, 28, 28), "x: got an empty set"),
+        (torch.full((2, 1, 28, 28), 255.0), r"x: got values in \[255, 255\], expected \[0, 1\]"),
+        (torch.full((2, 1, 28, 28), math.nan), "x: got NaN"),
+        ([[0.0]], "x: got list"),
+    ],
+)
+def test_elbo_refuses_what_is_not_x(small_vae, x, message):
+    with pytest.raises(ValueError, match=message):
+        small_vae.elbo(x)
+
+
+def test_wrong_codes_noise_and_sample_counts_are_refused(small_vae, digits):
+    x = small_vae.likelihood.observe(digits.pixels[:2])
+    for z in (torch.zeros(2, 5), torch.zeros(4), torch.zeros(1, 2, 4)):
+        with pytest.raises(ValueError, match=r"z: got .*, expected shape \(N, 4\)"):
+            small_vae.decode(z)
+    for eps in (torch.zeros(2, 4), torch.zeros(2, 2, 4), torch.zeros(1, 2, 3)):
+        with pytest.raises(ValueError, match=r"eps: got .*, expected shape \(1, 2, 4\), \(num_samples, N, latent_dim\)"):
+            small_vae.elbo(x, 1, eps)
+    for count in (0, -1, 1.5, True):
+        with pytest.raises(ValueError, match="num_samples: got .*, expected an integer of at least 1"):
+            small_vae.elbo(x, count)
+        with pytest.raises(ValueError, match="num_samples: got"):
+            heldout_elbo(small_vae, digits[:2], count)
+    with pytest.raises(ValueError, match="batch_size: got int 0"):
+        heldout_elbo(small_vae, digits[:2], batch_size=0)
+    with pytest.raises(ValueError, match=r"pixels: got images of shape \(1, 28, 28\), expected \(1, 8, 8\)"):
+        heldout_elbo(mlp_vae((1, 8, 8), (4,), 2), digits)
+
+
+def test_heldout_elbo_does_not_depend_on_batches_or_order_and_counts_the_last_partial_batch(small_vae, digits):
+    images = digits[:103]
+    whole = heldout_elbo(small_vae, images, num_samples=3, batch_size=103)
+    assert whole.elbo.shape == (103,)
+    for batch_size in (1, 10, 50, 1000):
+        terms = heldout_elbo(small_vae, images, num_samples=3, batch_size=batch_size)
+        torch.testing.assert_close(terms.elbo, whole.elbo, rtol=1e-5, atol=1e-3)
+    order = torch.randperm(103, generator=torch.Generator().manual_seed(1))
+    shuffled = heldout_elbo(small_vae, images[order], num_samples=3)
+    torch.testing.assert_close(shuffled.elbo, whole.elbo[order], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(heldout_elbo(small_vae, images.pixels, num_samples=3).kl, whole.kl, rtol=1e-5, atol=1e-4)
+
+
+def test_heldout_elbo_depends_on_its_seed_and_on_nothing_else_random(small_vae, digits):
+    first = heldout_elbo(small_vae, digits[:20]).elbo
+    torch.manual_seed(7)
+    assert torch.equal(heldout_elbo(small_vae, digits[:20]).elbo, first)
+    assert torch.equal(heldout_elbo(small_vae, digits[:20], seed=0).elbo, first)
+    assert not torch.equal(heldout_elbo(small_vae, digits[:20], seed=1).elbo, first)
+    one_sample = heldout_elbo(small_vae, digits[:20], num_samples=1).elbo
+    assert torch.equal(one_sample, first)
+
+
+def test_heldout_elbo_is_vae_elbo_on_fresh_draws(small_vae, digits, generator):
+    images = digits[:200]
+    estimate = heldout_elbo(small_vae, images, num_samples=5)
+    x = small_vae.likelihood.observe(images.pixels, generator)
+    with torch.no_grad():
+        fresh = small_vae.elbo(x, 5, generator=generator)
+    for mine, other in zip(estimate, fresh, strict=True):
+        assert abs(mine.mean() - other.mean()) < 4 * (mine - other).std() / math.sqrt(200)
+
+
+def test_evaluation_builds_no_graph_and_leaves_the_mode_alone(small_vae, digits):
+    class Watch(torch.nn.Module):
+        """A decoder that notes in which mode it was called."""
+
+        def __init__(self, decoder):
+            super().__init__()
+            self.decoder, self.seen = decoder, []
+
+        def forward(self, z):
+            self.seen.append((self.training, torch.is_grad_enabled()))
+            return self.decoder(z)
+
+    small_vae.decoder = Watch(small_vae.decoder)
+    for mode in (True, False):
+        small_vae.train(mode)
+        terms = heldout_elbo(small_vae, digits[:5])
+        assert small_vae.training is mode
+        assert not terms.elbo.requires_grad
+        assert terms.log_likelihood.grad_fn is None
+    assert set(small_vae.decoder.seen) == {(False, False)}
+    assert all(p.grad is None for p in small_vae.parameters())
+    small_vae.train()
+    with pytest.raises(ValueError, match="pixels"):
+        heldout_elbo(small_vae, digits.pixels[:0])
+    assert small_vae.training
+
+
+def test_every_likelihood_fits_the_mlp(digits, generator):
+    for name in LIKELIHOODS:
+        model = mlp_vae((3, 8, 6), (16, 8), 3, name)
+        x = model.likelihood.observe(torch.randint(0, 256, (4, 3, 8, 6), generator=generator, dtype=torch.uint8), generator)
+        terms = model.elbo(x)
+        assert terms.elbo.shape == (4,)
+        terms.elbo.sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_mlp_vae_builds_the_layers_it_names():
+    model = mlp_vae((1, 28, 28), (400, 200), 20, activation="leaky_relu")
+    linear = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert linear == [(784, 400), (400, 200), (200, 40), (20, 200), (200, 400), (400, 784)]
+    assert sum(isinstance(m, torch.nn.LeakyReLU) for m in model.modules()) == 4
+    assert model.config == {
+        "model": "mlp",
+        "image_shape": [1, 28, 28],
+        "hidden_dims": [400, 200],
+        "latent_dim": 20,
+        "likelihood": {"name": "bernoulli", "binarize": "sample"},
+        "activation": "leaky_relu",
+    }
+    default = mlp_vae()
+    linear = [(m.in_features, m.out_features) for m in default.modules() if isinstance(m, torch.nn.Linear)]
+    assert linear == [(784, 400), (400, 40), (20, 400), (400, 784)]
+    assert default.image_shape == (1, 28, 28)
+    assert default.config["activation"] == "relu"
+    assert default.likelihood.config["name"] == "bernoulli"
+    assert default.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"latent_dim": 0}, "latent_dim: got int 0, expected an integer of at least 1"),
+        ({"latent_dim": 2.5}, "latent_dim: got float 2.5"),
+        ({"hidden_dims": (400, 0)}, "hidden_dims: got int 0"),
+        ({"hidden_dims": 400}, r"hidden_dims: got int 400, expected a sequence of integers such as \(400,\)"),
+        ({"hidden_dims": "400"}, "hidden_dims: got str '400'"),
+        ({"image_shape": (28, 28)}, r"image_shape: got tuple \(28, 28\), expected \(channels, height, width\)"),
+        ({"image_shape": (1, 28, -1)}, "image_shape = .*: got int -1"),
+        ({"likelihood": "bernouilli"}, "likelihood: got 'bernouilli'.*did you mean 'bernoulli'"),
+        ({"activation": "rellu"}, "activation: got 'rellu'.*did you mean 'relu'"),
+    ],
+)
+def test_mlp_vae_refuses_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mlp_vae(**arguments)
+
+
+def test_a_vae_of_ones_own_networks_checks_its_shapes():
+    networks = MLPEncoder((1, 4, 4), (3,), 2), MLPDecoder(2, (3,), (1, 4, 4)), vaelib.Bernoulli()
+    with pytest.raises(ValueError, match="latent_dim: got int 0"):
+        VAE(*networks, (1, 4, 4), 0)
+    with pytest.raises(ValueError, match="image_shape: got"):
+        VAE(*networks, (4, 4), 2)
+    model = VAE(*networks, [1, 4, 4], 2)
+    assert model.image_shape == (1, 4, 4)
+    assert model.config is None
+
+
+@given(st.integers(1, 4), st.sampled_from([(1, 2, 2), (3, 1, 4), (1, 5, 3)]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 255))
+def test_elbo_has_one_finite_number_per_image(n, image_shape, latent_dim, num_samples, level):
+    model = mlp_vae(image_shape, (4,), latent_dim)
+    x = model.likelihood.observe(torch.full((n, *image_shape), level, dtype=torch.uint8))
+    terms = model.elbo(x, num_samples)
+    for values in (*terms, terms.elbo):
+        assert values.shape == (n,)
+        assert torch.isfinite(values).all()
+    assert model.log_weights(x, num_samples).shape == (num_samples, n)
+
+
+def test_keyed_noise_is_uniform_normal_and_uncorrelated(digits):
+    keys = noise.image_keys(digits.pixels)
+    assert len(keys.unique()) == len(digits.pixels.unique(dim=0))
+    uniform = noise.uniform_noise(keys, (400,), noise.OBSERVE).double()
+    assert uniform.min() > 0
+    assert uniform.max() < 1
+    counts = torch.histc(uniform, 64, 0, 1)
+    chi_squared = ((counts - counts.mean()) ** 2 / counts.mean()).sum().item()
+    assert 25 < chi_squared < 120  # 63 degrees of freedom: mean 63, standard deviation 11
+    normal = noise.normal_noise(keys, (400,), noise.LATENT).double()
+    n = normal.numel()
+    assert abs(normal.mean()) < 4 / math.sqrt(n)
+    assert abs(normal.var() - 1) < 4 * math.sqrt(2 / n)
+    assert abs((normal**4).mean() - 3) < 4 * math.sqrt(96 / n)
+    for a, b in ((normal[:, :-1], normal[:, 1:]), (normal[:-1], normal[1:]), (normal, uniform - 0.5)):
+        assert abs((a * b).mean() / (a.std() * b.std())) < 4 / math.sqrt(n)
+    torch.testing.assert_close(noise.normal_noise(keys, (100,), noise.LATENT, start=300), normal[:, 300:].float())

@@ -1,0 +1,5 @@
+"""`python -m vaelib` is the `vaelib` command."""
+
+from vaelib.cli import main
+
+main()

@@ -1,0 +1,265 @@
+"""Named image sets, each one ``uint8`` tensor (N, C, H, W) that stays on the device; minibatches are slices of it.
+
+Nothing here scales, crops or binarizes: the likelihood owns the pixels (`vaelib.likelihoods`).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vaelib._validation import check_choice, check_int, check_pixels, describe
+
+DIGITS = tuple("0123456789")
+FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SHAPES = ("circle", "square", "triangle")
+SHAPE_FACTORS = ("shape", "x", "y", "size", "hue")
+
+# The uncompressed files of the official distributions, with their md5.
+CHECKSUMS = {
+    "mnist": {
+        "MNIST/raw/train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+        "MNIST/raw/train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+        "MNIST/raw/t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+        "MNIST/raw/t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "fashion-mnist": {
+        "FashionMNIST/raw/train-images-idx3-ubyte": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "FashionMNIST/raw/train-labels-idx1-ubyte": "9018921c3c673c538a1fc5bad174d6f9",
+        "FashionMNIST/raw/t10k-images-idx3-ubyte": "8181f5470baa50b63fa0f6fddb340f0a",
+        "FashionMNIST/raw/t10k-labels-idx1-ubyte": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+    "cifar10": {
+        "cifar-10-batches-py/data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "cifar-10-batches-py/data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "cifar-10-batches-py/data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "cifar-10-batches-py/data_batch_4": "634d18415352ddfa80567beed471001a",
+        "cifar-10-batches-py/data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
+        "cifar-10-batches-py/batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
+    },
+}
+NAMES = (*CHECKSUMS, "digits", "shapes")
+
+
+class DataNotFoundError(FileNotFoundError, ValueError):
+    """A data set is neither on disk nor to be had from the network; the message names the folder and the way out."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images with their labels, all on one device.
+
+    Attributes
+    ----------
+    pixels : uint8 tensor (N, C, H, W), values 0..255.
+    labels : int64 tensor (N,).
+    classes : the name of each label.
+    name : where the images come from, for messages and records.
+    factors : float tensor (N, F), the factors that generated each image (`shapes` only), else None.
+    factor_names : the name of each factor.
+
+    Raises
+    ------
+    ValueError
+        If pixels or labels have another dtype or shape, or there is no image.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    name: str = "images"
+    factors: Tensor | None = None
+    factor_names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_pixels("pixels", self.pixels)
+        if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int64 or self.labels.shape != self.pixels.shape[:1]:
+            raise ValueError(f"labels: got {describe(self.labels)}, expected an int64 tensor of shape ({len(self.pixels)},)")
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, indices: Tensor | slice) -> ImageSet:
+        """The images at `indices` (a tensor or a slice) as a new set."""
+        factors = None if self.factors is None else self.factors[indices]
+        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], factors=factors)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return tuple(self.pixels.shape[1:])  # type: ignore[return-value]
+
+    def to(self, device: torch.device | str) -> ImageSet:
+        """The same set on `device`."""
+        factors = None if self.factors is None else self.factors.to(device)
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device), factors=factors)
+
+
+def data_folder() -> Path:
+    """Where the real data sets live: `$VAELIB_DATA`, or `vaelib` in the user's cache folder."""
+    if "VAELIB_DATA" in os.environ:
+        return Path(os.environ["VAELIB_DATA"]).expanduser()
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("vaelib", appauthor=False))
+
+
+def load_images(name: str, split: str = "train", root: str | Path | None = None, download: bool = True) -> ImageSet:
+    """A named image set as one ``uint8`` tensor.
+
+    Parameters
+    ----------
+    name : ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` (read from `root`, fetched through torchvision where they are missing);
+        ``"digits"`` (1797 real handwritten digits that scikit-learn ships, enlarged from 8x8 to 28x28);
+        ``"shapes"`` (drawn: 32x32 RGB, with the factors that generated each image).
+    split : ``"train"`` or ``"test"``. For a validation set cut one off the training split: `train_valid_split`.
+    root : the folder of the real data sets; default `data_folder()`.
+    download : whether a missing set may be fetched.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name or split, and for a truncated or corrupted file.
+    DataNotFoundError
+        If the set is missing and could not be fetched (a ValueError and a FileNotFoundError). There is no silent fallback.
+    """
+    check_choice("name", name, NAMES)
+    check_choice("split", split, ("train", "test"))
+    if name == "digits":
+        return _digits(split)
+    if name == "shapes":
+        return _shapes(split)
+    root = data_folder() if root is None else Path(root).expanduser()
+    _fetch(name, root, download)
+    return _read(name, split, root)
+
+
+def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
+    """Hold `valid_size` images out for validation, chosen by `seed`; the same seed gives the same two sets.
+
+    Raises
+    ------
+    ValueError
+        If `valid_size` leaves no image on either side.
+    """
+    check_int("valid_size", valid_size)
+    if valid_size >= len(images):
+        raise ValueError(f"valid_size: got {valid_size}, expected less than the {len(images)} images there are")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.pixels.device)
+    return images[order[valid_size:]], images[order[:valid_size]]
+
+
+def minibatches(images: ImageSet, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+    """Pixels (B, C, H, W) of one epoch; shuffled where a `generator` is given, in order otherwise.
+
+    Every image comes exactly once: the last, smaller batch counts.
+    """
+    check_int("batch_size", batch_size)
+    pixels = images.pixels
+    if generator is None:
+        yield from pixels.split(batch_size)
+        return
+    order = torch.randperm(len(images), generator=generator, device=generator.device).to(pixels.device)
+    for indices in order.split(batch_size):
+        yield pixels[indices]
+
+
+def _missing(name: str, root: Path) -> list[str]:
+    return [file for file in CHECKSUMS[name] if not (root / file).is_file()]
+
+
+def _fetch(name: str, root: Path, download: bool) -> None:
+    """See that the files of a set are in `root`; a download arrives whole or not at all."""
+    missing = _missing(name, root)
+    if not missing:
+        return
+    way_out = "put the files there, or set VAELIB_DATA to a folder that has them, or use the bundled sets 'digits' and 'shapes'"
+    if not download:
+        raise DataNotFoundError(f"{name}: {missing[0]} is not in {root} and download=False; {way_out}")
+    from torchvision import datasets
+
+    dataset = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    folder = missing[0].split("/")[0]
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as partial:
+            dataset(partial, train=True, download=True)
+            for file in missing:
+                (root / file).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(Path(partial) / file, root / file)
+    except (OSError, RuntimeError) as error:
+        raise DataNotFoundError(f"{name}: {folder} is not in {root} and could not be downloaded ({error}); {way_out}") from error
+
+
+def _read(name: str, split: str, root: Path) -> ImageSet:
+    """Read one split with torchvision, after its files have passed their checksums."""
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    train = split == "train"
+    for file, md5 in CHECKSUMS[name].items():
+        other_split = ("t10k" in file or "test" in file) if train else ("train" in file or "data_batch" in file)
+        if not other_split and not check_integrity(str(root / file), md5):
+            raise ValueError(f"{name}: the file {root / file} is truncated or corrupted (its md5 is not {md5}); delete it and load again")
+    if name == "cifar10":
+        cifar = datasets.CIFAR10(str(root), train=train)
+        pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+        return ImageSet(pixels, torch.tensor(cifar.targets), CIFAR, name)
+    mnist = (datasets.MNIST if name == "mnist" else datasets.FashionMNIST)(str(root), train=train)
+    return ImageSet(mnist.data[:, None].contiguous(), mnist.targets.long(), DIGITS if name == "mnist" else FASHION, name)
+
+
+def _digits(split: str) -> ImageSet:
+    """scikit-learn's digits (8x8, 17 grey levels), enlarged to 20x20 and centred in 28x28 as MNIST's are.
+
+    The last 297 images are the test split: the set is ordered by writer, so most of them are hands unseen in training.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    large = torch.nn.functional.interpolate(grey, size=(20, 20), mode="bicubic", align_corners=False)
+    pixels = torch.nn.functional.pad(large.round().clamp(0, 255), (4, 4, 4, 4)).to(torch.uint8)
+    rows = slice(0, 1500) if split == "train" else slice(1500, None)
+    return ImageSet(pixels, torch.from_numpy(digits.target).long(), DIGITS, "digits")[rows]
+
+
+def _shapes(split: str) -> ImageSet:
+    """Circles, squares and triangles in a random place, size and hue on a dark ground, drawn with soft edges.
+
+    4096 images for training and 1024 for test, the same on every machine.
+    """
+    count, seed = (4096, 1) if split == "train" else (1024, 2)
+    generator = torch.Generator().manual_seed(seed)
+    kind = torch.randint(0, 3, (count,), generator=generator)
+    x, y, size, hue = torch.rand(4, count, generator=generator, dtype=torch.float64)
+    size = 5 + 5 * size  # half the width, in pixels
+    x, y = (size + 1) + x * (30 - 2 * size), (size + 1) + y * (30 - 2 * size)
+    axis = torch.arange(32, dtype=torch.float64) + 0.5
+    across, down = axis - x[:, None, None], axis[:, None] - y[:, None, None]  # (N, 1, 32), (N, 32, 1)
+    radius = size[:, None, None]
+    circle = (across**2 + down**2).sqrt() - radius
+    square = torch.maximum(across.abs(), down.abs()) - 0.85 * radius
+    triangle = torch.maximum(0.894 * across.abs() - 0.447 * down - 0.447 * radius, down - 0.85 * radius)
+    distance = torch.stack([circle, square, triangle.expand_as(circle)])[kind, torch.arange(count)]  # (N, 32, 32), in pixels
+    cover = (0.5 - distance).clamp(0, 1)[:, None]
+    phase = (6 * hue[:, None] + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64)) % 6  # (N, 3): hue to RGB, full saturation
+    colour = ((phase - 3).abs() - 1).clamp(0, 1)[:, :, None, None]
+    pixels = (255 * (0.08 + cover * (0.2 + 0.72 * colour))).round().to(torch.uint8)
+    factors = torch.stack([kind.double(), x, y, size, hue], dim=1).float()
+    return ImageSet(pixels, kind, SHAPES, "shapes", factors, SHAPE_FACTORS)
+
+
+def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name: str = "images") -> ImageSet:
+    """Wrap a ``uint8`` tensor (N, C, H, W) of your own; without labels all are 0."""
+    check_pixels("pixels", pixels)
+    codes = torch.zeros(len(pixels), dtype=torch.int64) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name)

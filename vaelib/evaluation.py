@@ -1,0 +1,132 @@
+"""How good a trained model is: held-out ELBO, importance-weighted log-likelihood, bits/dim, active units."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaelib import noise
+from vaelib._validation import check_int, check_number
+from vaelib.data import ImageSet
+from vaelib.likelihoods import bits_per_dim
+from vaelib.vae import VAE, evaluating, heldout_elbo, observations
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over a held-out set, in nats per image; `standard_error`s are over images.
+
+    Attributes
+    ----------
+    elbo, expected_log_likelihood, kl : the ELBO and its two terms (minus the distortion, and the rate).
+    bits_per_dim : of the ELBO; None where x is continuous.
+    log_likelihood : importance-weighted estimate of log p(x) from `num_samples` draws; None where it was not asked for.
+    num_images, elbo_samples, num_samples, seed : how it was measured.
+    normalized : False if the model's score is no likelihood: then `elbo` bounds nothing.
+    """
+
+    elbo: float
+    elbo_standard_error: float
+    expected_log_likelihood: float
+    kl: float
+    bits_per_dim: float | None
+    log_likelihood: float | None
+    log_likelihood_standard_error: float | None
+    num_images: int
+    elbo_samples: int
+    num_samples: int
+    seed: int
+    normalized: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain data."""
+        return asdict(self)
+
+
+def standard_error(values: Tensor) -> float:
+    """Standard deviation over images, divided by the square root of their number; 0 for a single image."""
+    return (values.double().std() / math.sqrt(len(values))).item() if len(values) > 1 else 0.0
+
+
+def evaluate(
+    model: VAE, images: ImageSet, num_samples: int = 0, elbo_samples: int = 10, batch_size: int = 1000, seed: int = 0
+) -> Evaluation:
+    """The held-out ELBO with its terms and, with `num_samples` above 0, the importance-weighted log-likelihood.
+
+    Parameters
+    ----------
+    images : the held-out set.
+    num_samples : draws per image for the importance-weighted estimate (the field reports 5000); 0 leaves it out.
+    elbo_samples : draws per image for the ELBO.
+    batch_size : images per chunk; the result does not depend on it.
+    """
+    check_int("num_samples", num_samples, minimum=0)
+    terms = heldout_elbo(model, images, elbo_samples, batch_size, seed)
+    elbo = terms.elbo.double().mean().item()
+    estimate = log_likelihood(model, images, num_samples, seed=seed) if num_samples else None
+    discrete = model.likelihood.values is not None
+    return Evaluation(
+        elbo=elbo,
+        elbo_standard_error=standard_error(terms.elbo),
+        expected_log_likelihood=terms.log_likelihood.double().mean().item(),
+        kl=terms.kl.double().mean().item(),
+        bits_per_dim=bits_per_dim(elbo, math.prod(model.image_shape), model.likelihood) if discrete else None,
+        log_likelihood=None if estimate is None else estimate.double().mean().item(),
+        log_likelihood_standard_error=None if estimate is None else standard_error(estimate),
+        num_images=len(terms.elbo),
+        elbo_samples=elbo_samples,
+        num_samples=num_samples,
+        seed=seed,
+        normalized=model.likelihood.normalized,
+    )
+
+
+def log_likelihood(
+    model: VAE, images: ImageSet | Tensor, num_samples: int = 5000, batch_size: int = 100, sample_batch: int = 100, seed: int = 0
+) -> Tensor:
+    """Importance-weighted estimate of log p(x) of each image: (N,), nats, on the CPU. eq. importance-weighted-bound
+
+    Memory is bounded: batch_size * sample_batch codes are decoded at once. The result depends on neither number, nor on the
+    order of the images. Burda, Grosse and Salakhutdinov 2016.
+
+    Raises
+    ------
+    ValueError
+        If the model's score is no likelihood.
+    """
+    check_int("num_samples", num_samples)
+    check_int("sample_batch", sample_batch)
+    if not model.likelihood.normalized:
+        raise ValueError(f"model: got the score {model.likelihood.config['name']!r}, expected a likelihood; it defines no log p(x)")
+    pixels = images.pixels if isinstance(images, ImageSet) else images
+    estimates = []
+    with evaluating(model):
+        for x, keys in observations(model, pixels, batch_size, seed):
+            total = torch.full((len(x),), -math.inf, device=x.device, dtype=torch.float64)
+            for start in range(0, num_samples, sample_batch):
+                count = min(sample_batch, num_samples - start)
+                eps = noise.normal_noise(keys, (count, model.latent_dim), noise.LATENT, start * model.latent_dim)
+                log_weights = model.log_weights(x, count, eps.transpose(0, 1))
+                total = torch.logaddexp(total, torch.logsumexp(log_weights.double(), dim=0))
+            estimates.append((total - math.log(num_samples)).float().cpu())
+    return torch.cat(estimates)
+
+
+def posterior_means(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
+    """The posterior mean of each image: (N, latent_dim), on the CPU."""
+    pixels = images.pixels if isinstance(images, ImageSet) else images
+    with evaluating(model):
+        return torch.cat([model.encode(x).mean.cpu() for x, _ in observations(model, pixels, batch_size, seed)])
+
+
+def active_units(model: VAE, images: ImageSet | Tensor, threshold: float = 0.01, batch_size: int = 1000, seed: int = 0) -> Tensor:
+    """Which latent dimensions the posterior mean moves in: Var over images of E[z given x] above the threshold, bool (L,).
+
+    eq. active-units. Burda, Grosse and Salakhutdinov 2016, section 5.
+    """
+    check_number("threshold", threshold)
+    return posterior_means(model, images, batch_size, seed).var(0) > threshold

@@ -1,0 +1,86 @@
+"""The terms of the ELBO and the bounds built from them: per image, in nats, every constant kept.
+
+Reduction over the batch happens once, in `loss`, where the optimizer needs a scalar.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vaelib._validation import check_number, check_same_shape, describe
+
+
+class ElboTerms(NamedTuple):
+    """The two terms of the ELBO, apart, and their difference. eq. two-terms
+
+    Attributes
+    ----------
+    log_likelihood : E_q[log p(x given z)], (N,), nats; minus the distortion.
+    kl : KL(q(z given x) || p(z)), (N,), nats; the rate.
+    """
+
+    log_likelihood: Tensor
+    kl: Tensor
+
+    @property
+    def elbo(self) -> Tensor:
+        """log_likelihood - kl, (N,), nats. eq. two-terms"""
+        return self.log_likelihood - self.kl
+
+
+def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None = None, prior_log_var: Tensor | None = None) -> Tensor:
+    """KL( N(mean, exp(log_var)) || N(prior_mean, exp(prior_log_var)) ) of diagonal Gaussians: (N, L) -> (N,), nats. eq. gaussian-kl
+
+    Without a prior it is the standard normal. Kingma and Welling 2014, appendix B.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ: nothing is broadcast.
+    """
+    prior_mean = torch.zeros_like(mean) if prior_mean is None else prior_mean
+    prior_log_var = torch.zeros_like(log_var) if prior_log_var is None else prior_log_var
+    check_same_shape(mean=mean, log_var=log_var, prior_mean=prior_mean, prior_log_var=prior_log_var)
+    difference = log_var - prior_log_var
+    return 0.5 * ((mean - prior_mean) ** 2 * (-prior_log_var).exp() + difference.exp() - 1 - difference).sum(-1)
+
+
+def gaussian_log_density(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """log N(z; mean, exp(log_var)), diagonal: (..., L) -> (...), nats. eq. gaussian-log-density"""
+    check_same_shape(z=z, mean=mean, log_var=log_var)
+    return -0.5 * ((z - mean) ** 2 * (-log_var).exp() + log_var + math.log(2 * math.pi)).sum(-1)
+
+
+def beta_elbo(terms: ElboTerms, beta: float | Tensor = 1.0) -> Tensor:
+    """log_likelihood - beta * kl: (N,), nats. eq. beta-elbo
+
+    A bound on log p(x) for beta >= 1 only. Higgins et al. 2017.
+    """
+    return terms.log_likelihood - beta * terms.kl
+
+
+def importance_weighted_bound(log_weights: Tensor) -> Tensor:
+    """log of the mean weight over K samples, by a stable log-sum-exp: (K, N) -> (N,), nats. eq. importance-weighted-bound
+
+    log_weights[k] = log p(x, z_k) - log q(z_k given x), with z_k drawn from q. K = 1 is the one-sample ELBO; the bound rises
+    with K towards log p(x). Burda, Grosse and Salakhutdinov 2016.
+
+    Raises
+    ------
+    ValueError
+        Unless log_weights has two axes and at least one sample.
+    """
+    if log_weights.dim() != 2 or len(log_weights) == 0:
+        raise ValueError(f"log_weights: got {describe(log_weights)}, expected shape (K, N) with K >= 1")
+    return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
+
+
+def loss(terms: ElboTerms, beta: float | Tensor = 1.0) -> Tensor:
+    """What the optimizer minimizes: minus the mean over the batch of the (beta-)ELBO, a scalar, nats per image. eq. loss"""
+    if not isinstance(beta, Tensor):
+        check_number("beta", beta)
+    return -beta_elbo(terms, beta).mean()

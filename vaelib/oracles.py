@@ -1,0 +1,70 @@
+"""Models whose log p(x) is known exactly, to hold estimates against."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vaelib._validation import check_number, check_same_shape, describe
+from vaelib.objectives import ElboTerms, gaussian_kl
+
+
+class FullGaussian(NamedTuple):
+    """A Gaussian with full covariance: `mean` (N, L), `covariance` (L, L), the same for all N."""
+
+    mean: Tensor
+    covariance: Tensor
+
+
+class LinearGaussian:
+    """z ~ N(0, I), x given z ~ N(weight z + bias, scale^2 I): probabilistic PCA (Tipping and Bishop 1999).
+
+    Everything that a VAE estimates has a closed form here.
+
+    Parameters
+    ----------
+    weight : (D, L).
+    bias : (D,).
+    scale : standard deviation of x given z, above 0.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, scale: float) -> None:
+        if weight.dim() != 2 or bias.shape != weight.shape[:1]:
+            raise ValueError(f"weight, bias: got {describe(weight)} and {describe(bias)}, expected shapes (D, L) and (D,)")
+        self.weight, self.bias, self.scale = weight, bias, check_number("scale", scale, exclusive=True)
+        self.num_dims, self.latent_dim = weight.shape
+
+    def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of x: (count, D)."""
+        z = torch.randn(count, self.latent_dim, generator=generator, dtype=self.weight.dtype)
+        noise = torch.randn(count, self.num_dims, generator=generator, dtype=self.weight.dtype)
+        return z @ self.weight.T + self.bias + self.scale * noise
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log p(x) = log N(x; bias, weight weight^T + scale^2 I): (N, D) -> (N,), nats. eq. evidence"""
+        identity = torch.eye(self.num_dims, dtype=x.dtype)
+        covariance = self.weight @ self.weight.T + self.scale**2 * identity
+        return torch.distributions.MultivariateNormal(self.bias, covariance).log_prob(x)
+
+    def posterior(self, x: Tensor) -> FullGaussian:
+        """p(z given x) by Bayes' rule: mean (N, L) and covariance (L, L). eq. posterior"""
+        identity = torch.eye(self.latent_dim, dtype=x.dtype)
+        covariance = torch.linalg.inv(identity + self.weight.T @ self.weight / self.scale**2)
+        return FullGaussian((x - self.bias) @ self.weight @ covariance / self.scale**2, covariance)
+
+    def elbo(self, x: Tensor, mean: Tensor, log_var: Tensor) -> ElboTerms:
+        """The exact ELBO of q = N(mean, exp(log_var)), both (N, L): terms (N,), nats. eq. elbo"""
+        check_same_shape(mean=mean, log_var=log_var)
+        squared_error = ((x - mean @ self.weight.T - self.bias) ** 2).sum(1) + log_var.exp() @ (self.weight**2).sum(0)
+        log_likelihood = -0.5 * squared_error / self.scale**2 - 0.5 * self.num_dims * math.log(2 * math.pi * self.scale**2)
+        return ElboTerms(log_likelihood, gaussian_kl(mean, log_var))
+
+    def posterior_kl(self, x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+        """KL( N(mean, exp(log_var)) || p(z given x) ), the gap between ELBO and log p(x): (N,), nats. eq. kl-gap"""
+        truth = self.posterior(x)
+        q = torch.distributions.MultivariateNormal(mean, torch.diag_embed(log_var.exp()))
+        p = torch.distributions.MultivariateNormal(truth.mean, truth.covariance.expand(len(x), -1, -1))
+        return torch.distributions.kl_divergence(q, p)

@@ -1,0 +1,120 @@
+"""The book's figures: image grids, training curves, latent planes. One style, a palette safe for colour-blind readers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from vaelib._validation import check_int, check_pixels
+
+# Okabe and Ito 2008, in an order whose neighbours differ in lightness too.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+STYLE = {
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+    "savefig.bbox": "tight",
+    "figure.constrained_layout.use": True,
+    "axes.prop_cycle": plt.cycler(color=PALETTE),
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "font.size": 10,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The book's matplotlib style, for one figure."""
+    with plt.rc_context(STYLE):
+        yield
+
+
+def use_style() -> None:
+    """The book's matplotlib style, for the rest of the notebook."""
+    plt.rcParams.update(STYLE)
+
+
+def tile(pixels: Tensor, columns: int | None = None, gap: int = 1, ground: int = 255) -> np.ndarray:
+    """Images side by side in one array: ``uint8`` (N, C, H, W) -> (rows, width) or (rows, width, 3)."""
+    check_pixels("pixels", pixels)
+    count, channels, height, width = pixels.shape
+    columns = check_int("columns", columns) if columns is not None else math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), ground, dtype=torch.uint8)
+    for i, image in enumerate(pixels.cpu()):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        sheet[:, top : top + height, left : left + width] = image
+    array = sheet.permute(1, 2, 0).numpy()
+    return array[..., 0] if channels == 1 else array
+
+
+def show_images(
+    pixels: Tensor, columns: int | None = None, row_labels: Sequence[str] = (), scale: float = 0.45, ax: Axes | None = None, gap: int = 1
+) -> Figure:
+    """A grid of images; `row_labels` name its rows, `scale` is the size of one image in inches."""
+    with style():
+        count = len(check_pixels("pixels", pixels))
+        columns = columns or math.ceil(math.sqrt(count))
+        rows = math.ceil(count / columns)
+        if ax is None:
+            label_width = 0.09 * max(map(len, row_labels), default=0)
+            _, ax = plt.subplots(figsize=(scale * columns + label_width, scale * rows))
+        ax.imshow(tile(pixels, columns, gap), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        ax.grid(False)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        height = pixels.shape[2] + gap
+        if row_labels:
+            ax.set_yticks([height * (row + 0.5) for row in range(len(row_labels))], row_labels)
+            ax.tick_params(length=0)
+        for spine in ax.spines.values():
+            spine.set_visible(False)
+        return ax.figure
+
+
+def training_curves(history: Sequence[dict[str, float]], skip: int = 0) -> Figure:
+    """The ELBO and its two terms by epoch, training and held out, in nats; `skip` leaves the first epochs out of the view."""
+    with style():
+        figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharex=True)
+        shown = list(history)[skip:]
+        names = {"elbo": "ELBO", "log_likelihood": "E[log p(x given z)]", "kl": "KL to the prior"}
+        for ax, (term, title) in zip(axes, names.items(), strict=True):
+            for color, (part, label) in zip(PALETTE, {"train": "training", "valid": "held out"}.items(), strict=False):
+                if f"{part}_{term}" in shown[0]:
+                    epochs = [epoch["epoch"] for epoch in shown]
+                    ax.plot(epochs, [epoch[f"{part}_{term}"] for epoch in shown], color=color, label=label, ls="-" if part == "train" else "--")
+            ax.set(title=title, xlabel="epoch")
+        axes[0].set_ylabel("nats per image")
+        axes[0].legend(loc="lower right")
+        return figure
+
+
+def latent_scatter(codes: Tensor, labels: Tensor, classes: Sequence[str], ax: Axes | None = None) -> Figure:
+    """Posterior means in a 2-D latent space, coloured by class, each class named at its median."""
+    with style():
+        if ax is None:
+            _, ax = plt.subplots(figsize=(4.6, 4.4))
+        colors = plt.get_cmap("tab10")(np.arange(10))
+        for label, name in enumerate(classes):
+            mine = codes[labels == label]
+            ax.scatter(mine[:, 0], mine[:, 1], s=3, alpha=0.35, color=colors[label % 10], linewidths=0)
+        for label, name in enumerate(classes):
+            mine = codes[labels == label]
+            if len(mine):
+                x, y = mine.median(0).values.tolist()
+                box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colors[label % 10], "alpha": 0.9}
+                ax.text(x, y, name, ha="center", va="center", fontsize=9, bbox=box)
+        ax.set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
+        return ax.figure

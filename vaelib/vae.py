@@ -1,0 +1,223 @@
+"""The variational autoencoder: encoder, decoder, likelihood and a standard normal prior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vaelib import noise
+from vaelib._validation import check_image_shape, check_int, check_observation, check_pixels, check_same_shape, describe
+from vaelib.data import ImageSet
+from vaelib.likelihoods import Likelihood, make_likelihood
+from vaelib.networks import MLPDecoder, MLPEncoder
+from vaelib.objectives import ElboTerms, gaussian_kl, gaussian_log_density, importance_weighted_bound
+
+
+class Posterior(NamedTuple):
+    """The diagonal Gaussian q(z given x): `mean` and `log_var`, each (N, L)."""
+
+    mean: Tensor
+    log_var: Tensor
+
+
+def reparameterize(mean: Tensor, log_var: Tensor, eps: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """z = mean + exp(log_var / 2) * eps with eps ~ N(0, I), differentiable in mean and log_var. eq. reparameterization
+
+    `eps` (same shape) may be given; otherwise it is drawn from `generator`.
+    """
+    if eps is None:
+        eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    check_same_shape(mean=mean, log_var=log_var, eps=eps)
+    return mean + (0.5 * log_var).exp() * eps
+
+
+class VAE(nn.Module):
+    """p(x, z) = N(z; 0, I) p(x given z), with the amortized posterior q(z given x).
+
+    Parameters
+    ----------
+    encoder : module from x (N, C, H, W) to (mean, log_var), each (N, L).
+    decoder : module from z (N, L) to the likelihood's params (N, P*C, H, W).
+    likelihood : p(x given z), see `vaelib.likelihoods`.
+    image_shape : (C, H, W).
+    latent_dim : L.
+    config : what builds the model again (`mlp_vae` sets it); without it `save` refuses.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        image_shape: Sequence[int],
+        latent_dim: int,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
+        self.image_shape = check_image_shape("image_shape", image_shape)
+        self.latent_dim = check_int("latent_dim", latent_dim)
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def encode(self, x: Tensor) -> Posterior:
+        """q(z given x), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L)."""
+        check_observation("x", x, self.image_shape)
+        return Posterior(*self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's params at z: (N, L) -> (N, P*C, H, W)."""
+        if z.dim() != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"z: got {describe(z)}, expected shape (N, {self.latent_dim})")
+        return self.decoder(z)
+
+    def elbo(
+        self,
+        x: Tensor,
+        num_samples: int = 1,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        validate: bool = True,
+    ) -> ElboTerms:
+        """The ELBO of each image: Monte Carlo over z for the likelihood, closed form for the KL. eq. monte-carlo-elbo
+
+        Parameters
+        ----------
+        x : (N, C, H, W), as `likelihood.observe` gives it.
+        num_samples : K, draws of z per image, averaged.
+        eps : the standard normal noise (K, N, L); drawn from `generator` where it is not given.
+        validate : whether the values of x are checked (NaN, range); shapes always are.
+
+        Returns
+        -------
+        ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats.
+        """
+        mean, log_var = self.encode(x)
+        z = self._draw(mean, log_var, num_samples, eps, generator)
+        return ElboTerms(self._log_likelihood(x, z, validate).mean(0), gaussian_kl(mean, log_var))
+
+    def log_weights(
+        self,
+        x: Tensor,
+        num_samples: int = 1,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        validate: bool = True,
+    ) -> Tensor:
+        """log p(x, z_k) - log q(z_k given x) for z_1..z_K from q(z given x): (K, N), nats. eq. log-weights
+
+        Parameters are those of `elbo`.
+        """
+        mean, log_var = self.encode(x)
+        z = self._draw(mean, log_var, num_samples, eps, generator)
+        log_prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z))
+        log_posterior = gaussian_log_density(z, mean.expand_as(z), log_var.expand_as(z))
+        return self._log_likelihood(x, z, validate) + log_prior - log_posterior
+
+    def importance_weighted_bound(
+        self, x: Tensor, num_samples: int, eps: Tensor | None = None, generator: torch.Generator | None = None, validate: bool = True
+    ) -> Tensor:
+        """The bound with K = num_samples draws: (N,), nats. eq. importance-weighted-bound"""
+        return importance_weighted_bound(self.log_weights(x, num_samples, eps, generator, validate))
+
+    def _draw(self, mean: Tensor, log_var: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """z (K, N, L)."""
+        shape = (check_int("num_samples", num_samples), *mean.shape)
+        if eps is not None and eps.shape != shape:
+            raise ValueError(f"eps: got {describe(eps)}, expected shape {shape}, (num_samples, N, latent_dim)")
+        return reparameterize(mean.expand(shape), log_var.expand(shape), eps, generator)
+
+    def _log_likelihood(self, x: Tensor, z: Tensor, validate: bool) -> Tensor:
+        """log p(x given z) for z (K, N, L): (K, N)."""
+        params = self.decode(z.flatten(0, 1))
+        repeated = x.expand(len(z), *x.shape).flatten(0, 1)
+        return self.likelihood.log_prob(repeated, params, validate).view(z.shape[:2])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No graph, evaluation mode; the model's mode is put back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of (x, keys) on the model's device; an image's x and its key don't depend on the chunk that it is in."""
+    check_pixels("pixels", pixels, model.image_shape)
+    check_int("batch_size", batch_size)
+    for chunk in pixels.split(batch_size):
+        chunk = chunk.to(model.device)
+        keys = noise.image_keys(chunk, seed)
+        uniform = noise.uniform_noise(keys, chunk.shape[1:], noise.OBSERVE)
+        yield model.likelihood.observe(chunk, uniform=uniform), keys
+
+
+def heldout_elbo(model: VAE, images: ImageSet | Tensor, num_samples: int = 1, batch_size: int = 1000, seed: int = 0) -> ElboTerms:
+    """`VAE.elbo` of every image of a set, in chunks and without a graph: terms of shape (N,), nats, on the CPU.
+
+    Binarization and z come from noise that belongs to each image (`vaelib.noise`): the result depends on `seed`, but neither on
+    the batch size nor on the order of the images.
+
+    Parameters
+    ----------
+    images : an `ImageSet` or ``uint8`` pixels (N, C, H, W).
+    num_samples : draws of z per image.
+    batch_size : images per chunk; num_samples * batch_size codes are decoded at once.
+    """
+    pixels = images.pixels if isinstance(images, ImageSet) else images
+    check_int("num_samples", num_samples)
+    log_likelihood, kl = [], []
+    with evaluating(model):
+        for x, keys in observations(model, pixels, batch_size, seed):
+            eps = noise.normal_noise(keys, (num_samples, model.latent_dim), noise.LATENT).transpose(0, 1)  # (K, N, L)
+            terms = model.elbo(x, num_samples, eps)
+            log_likelihood.append(terms.log_likelihood.cpu())
+            kl.append(terms.kl.cpu())
+    return ElboTerms(torch.cat(log_likelihood), torch.cat(kl))
+
+
+def mlp_vae(
+    image_shape: Sequence[int] = (1, 28, 28),
+    hidden_dims: Sequence[int] = (400,),
+    latent_dim: int = 20,
+    likelihood: str | dict[str, Any] | Likelihood = "bernoulli",
+    activation: str = "relu",
+) -> VAE:
+    """A VAE of fully connected layers; the decoder mirrors the encoder.
+
+    Parameters
+    ----------
+    image_shape : (C, H, W).
+    hidden_dims : sizes of the encoder's hidden layers; () makes encoder and decoder linear.
+    latent_dim : size of z.
+    likelihood : a name, a config or a `Likelihood`.
+    activation : ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
+    """
+    likelihood = make_likelihood(likelihood)
+    if isinstance(hidden_dims, (str, int)):
+        raise ValueError(f"hidden_dims: got {describe(hidden_dims)}, expected a sequence of integers such as (400,)")
+    hidden_dims = tuple(hidden_dims)
+    encoder = MLPEncoder(image_shape, hidden_dims, latent_dim, activation)
+    decoder = MLPDecoder(latent_dim, hidden_dims[::-1], image_shape, likelihood.params_per_value, activation)
+    config = {
+        "model": "mlp",
+        "image_shape": list(image_shape),
+        "hidden_dims": list(hidden_dims),
+        "latent_dim": latent_dim,
+        "likelihood": likelihood.config,
+        "activation": activation,
+    }
+    return VAE(encoder, decoder, likelihood, image_shape, latent_dim, config)
