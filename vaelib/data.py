@@ -5,7 +5,9 @@ Nothing here scales, crops or binarizes: the likelihood owns the pixels (`vaelib
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,6 +88,9 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def __repr__(self) -> str:
+        return f"ImageSet({self.name!r}, {len(self)} images of shape {self.image_shape}, {len(self.classes)} classes)"
 
     def __getitem__(self, indices: Tensor | slice) -> ImageSet:
         """The images at `indices` (a tensor or a slice) as a new set."""
@@ -191,12 +196,14 @@ def _fetch(name: str, root: Path, download: bool) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as partial:
-            dataset(partial, train=True, download=True)
+            with contextlib.redirect_stdout(sys.stderr):  # torchvision reports there; our stdout belongs to results
+                dataset(partial, train=True, download=True)
             for file in missing:
                 (root / file).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(Path(partial) / file, root / file)
     except (OSError, RuntimeError) as error:
-        raise DataNotFoundError(f"{name}: {folder} is not in {root} and could not be downloaded ({error}); {way_out}") from error
+        reason = " ".join(str(error).split())
+        raise DataNotFoundError(f"{name}: {folder} is not in {root} and could not be downloaded ({reason}); {way_out}") from error
 
 
 def _read(name: str, split: str, root: Path) -> ImageSet:

@@ -1,0 +1,92 @@
+"""The command line, run as a user runs it: in a process of its own."""
+
+import json
+
+import pytest
+from PIL import Image
+
+import vaelib
+
+QUICK = ("--data", "digits", "--hidden", "32", "--latent-dim", "4", "--epochs", "3", "--batch-size", "100", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def run_folder(vaelib_command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "runs" / "digits"
+    done = vaelib_command("train", *QUICK, "--out", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)  # one JSON object and nothing else
+    assert summary["epochs"] == 3
+    assert summary["valid_elbo"] < 0
+    return folder
+
+
+def test_train_leaves_a_model_its_history_and_a_record_of_the_run(run_folder):
+    assert sorted(path.name for path in run_folder.iterdir()) == ["config.json", "history.json", "model.safetensors", "run.json"]
+    assert vaelib.load(run_folder).latent_dim == 4
+    assert len(json.loads((run_folder / "history.json").read_text())) == 3
+    record = json.loads((run_folder / "run.json").read_text())
+    assert record["command"].startswith("vaelib train --data digits")
+    assert {"seed", "commit", "versions", "hardware", "seconds", "metrics"} <= set(record)
+    assert record["training"]["epochs"] == 3
+
+
+def test_evaluate_prints_one_json_object_equal_to_the_library_s_answer(run_folder, vaelib_command):
+    done = vaelib_command("evaluate", run_folder, "--json", "--num-samples", 20)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    expected = vaelib.evaluate(vaelib.load(run_folder), vaelib.load_images("digits", "test"), num_samples=20)
+    assert result["data"] == "digits"
+    assert result["split"] == "test"
+    assert result["elbo"] == pytest.approx(expected.elbo, abs=1e-3)
+    assert result["log_likelihood"] == pytest.approx(expected.log_likelihood, abs=1e-3)
+    plain = vaelib_command("evaluate", run_folder, "--split", "train")
+    assert "elbo " in plain.stdout
+
+
+def test_sample_writes_a_sheet_of_images(run_folder, vaelib_command, tmp_path):
+    done = vaelib_command("sample", run_folder, "--out", tmp_path / "new" / "samples.png", "--num-images", 9)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "new" / "samples.png") as sheet:
+        assert sheet.size == (3 * 29 - 1, 3 * 29 - 1)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.png"]
+
+
+def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
+    before = (run_folder / "model.safetensors").read_bytes()
+    done = vaelib_command("train", *QUICK, "--out", run_folder)
+    assert done.returncode == 2
+    assert "already holds a model" in done.stderr
+    assert (run_folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("train", "--data", "minst", "--out", "{tmp}/x"), "name: got 'minst', expected one of"),
+    (("train", "--data", "digits", "--latent-dim", "0", "--out", "{tmp}/x"), "latent_dim: got int 0"),
+    (("train", "--data", "digits", "--likelihood", "gausian", "--out", "{tmp}/x"), "did you mean 'gaussian'"),
+    (("train", "--data", "digits", "--model", "mlpp", "--out", "{tmp}/x"), "model: got 'mlpp'"),
+    (("train", "--data", "digits", "--hidden", "4x", "--out", "{tmp}/x"), "hidden: got '4x'"),
+    (("train", "--data", "digits", "--out", "{tmp}/file/run"), "out: got"),
+    (("evaluate", "{tmp}/nothing"), "expected a folder written by vaelib.save"),
+    (("sample", "{run}", "--temperature", "-1"), "temperature: got float -1.0"),
+    (("sample", "{run}", "--out", "{tmp}/file/a.png"), "out: got"),
+    (("sample", "{run}", "--out", "{tmp}/samples.txt"), "expected the name of an image file"),
+])  # fmt: skip
+def test_bad_input_ends_with_one_line_and_status_2(arguments, message, run_folder, vaelib_command, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    done = vaelib_command(*(a.format(tmp=tmp_path, run=run_folder) for a in arguments), cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("vaelib: error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert (tmp_path / "file").read_text() == "precious"
+    assert not (tmp_path / "x" / "model.safetensors").exists()
+
+
+def test_missing_data_without_network_end_with_the_way_out(vaelib_command, tmp_path):
+    blocked = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "VAELIB_DATA": str(tmp_path / "data")}
+    done = vaelib_command("train", "--data", "mnist", "--out", tmp_path / "run", **blocked)
+    assert done.returncode == 2
+    assert "could not be downloaded" in done.stderr
+    assert "VAELIB_DATA" in done.stderr

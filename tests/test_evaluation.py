@@ -1,0 +1,108 @@
+"""Evaluation: what is reported, and that it does not depend on how the work was cut up."""
+
+import math
+
+import pytest
+import torch
+
+import vaelib
+from vaelib import active_units, evaluate, heldout_elbo, log_likelihood, mlp_vae, posterior_means
+from vaelib.evaluation import standard_error
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    torch.manual_seed(0)
+    model = mlp_vae((1, 28, 28), (64,), 6)
+    vaelib.fit(model, digits, config=vaelib.TrainConfig(epochs=10, batch_size=50, progress=False, device="cpu"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def test_set():
+    return vaelib.load_images("digits", "test")
+
+
+def test_evaluate_reports_the_mean_of_vae_elbo_and_its_terms(trained, test_set):
+    result = evaluate(trained, test_set, elbo_samples=4)
+    terms = heldout_elbo(trained, test_set, 4)
+    assert result.elbo == pytest.approx(terms.elbo.mean().item(), rel=1e-6)
+    assert result.expected_log_likelihood == pytest.approx(terms.log_likelihood.mean().item(), rel=1e-6)
+    assert result.kl == pytest.approx(terms.kl.mean().item(), rel=1e-6)
+    assert result.elbo == pytest.approx(result.expected_log_likelihood - result.kl)
+    assert result.elbo_standard_error == pytest.approx((terms.elbo.std() / math.sqrt(297)).item(), rel=1e-5)
+    assert result.bits_per_dim == pytest.approx(-result.elbo / (784 * math.log(2)))
+    assert (result.num_images, result.elbo_samples, result.num_samples, result.seed) == (297, 4, 0, 0)
+    assert result.log_likelihood is None
+    assert result.normalized
+    assert result.as_dict()["elbo"] == result.elbo
+
+
+def test_results_don_t_depend_on_batch_size_or_order(trained, test_set):
+    whole = evaluate(trained, test_set, num_samples=20, elbo_samples=2)
+    order = torch.randperm(297, generator=torch.Generator().manual_seed(0))
+    for other in (evaluate(trained, test_set, 20, 2, batch_size=37), evaluate(trained, test_set[order], 20, 2)):
+        assert other.elbo == pytest.approx(whole.elbo, abs=1e-4)
+        assert other.log_likelihood == pytest.approx(whole.log_likelihood, abs=1e-4)
+
+
+@pytest.mark.equation("importance-weighted-bound")
+def test_log_likelihood_does_not_depend_on_chunks_of_images_or_samples(trained, test_set):
+    images = test_set[:23]
+    whole = log_likelihood(trained, images, 60, batch_size=23, sample_batch=60)
+    assert whole.shape == (23,)
+    for batch_size, sample_batch in ((1, 60), (10, 7), (23, 1), (100, 100)):
+        other = log_likelihood(trained, images, 60, batch_size, sample_batch)
+        torch.testing.assert_close(other, whole, rtol=1e-5, atol=1e-3)
+    assert not torch.allclose(log_likelihood(trained, images, 60, seed=1), whole)
+
+
+def test_log_likelihood_lies_above_the_elbo_and_rises_with_the_samples(trained, test_set):
+    elbo = heldout_elbo(trained, test_set, 50).elbo.mean()
+    estimates = [log_likelihood(trained, test_set, k).mean() for k in (1, 10, 200)]
+    assert elbo < estimates[1] < estimates[2]
+    assert estimates[0] == pytest.approx(elbo.item(), abs=1.0)
+    result = evaluate(trained, test_set, num_samples=10)
+    assert result.log_likelihood == pytest.approx(estimates[1].item(), rel=1e-6)
+    assert result.log_likelihood_standard_error > 0
+    assert result.num_samples == 10
+
+
+def test_a_score_that_is_no_likelihood_defines_no_log_likelihood(test_set):
+    model = mlp_vae((1, 28, 28), (8,), 2, "grey_bce_not_a_likelihood")
+    with pytest.raises(ValueError, match="model: got the score 'grey_bce_not_a_likelihood', expected a likelihood"):
+        log_likelihood(model, test_set, 5)
+    result = evaluate(model, test_set, elbo_samples=1)
+    assert not result.normalized
+    assert result.bits_per_dim is None
+
+
+@pytest.mark.equation("active-units")
+def test_active_units_are_those_whose_posterior_mean_moves(trained, test_set):
+    with torch.no_grad():
+        trained.encoder.head.weight[2] *= 1e-3  # switch one unit off: its mean no longer depends on x
+    means = posterior_means(trained, test_set, batch_size=50)
+    assert means.shape == (297, 6)
+    active = active_units(trained, test_set)
+    assert active.tolist() == (means.var(0) > 0.01).tolist()
+    assert not active[2]
+    assert active.sum() >= 4
+    assert not active_units(trained, test_set, threshold=1e6).any()
+
+
+def test_standard_error_of_a_single_image_is_zero():
+    assert standard_error(torch.tensor([3.0])) == 0
+    assert standard_error(torch.tensor([1.0, 3.0])) == pytest.approx(1.0)
+
+
+def test_bad_arguments_are_refused(trained, test_set):
+    for call, message in [
+        (lambda: evaluate(trained, test_set, num_samples=-1), "num_samples: got int -1"),
+        (lambda: evaluate(trained, test_set, elbo_samples=0), "num_samples: got int 0"),
+        (lambda: log_likelihood(trained, test_set, 0), "num_samples: got int 0"),
+        (lambda: log_likelihood(trained, test_set, 5, sample_batch=0), "sample_batch: got int 0"),
+        (lambda: log_likelihood(trained, test_set.pixels.float(), 5), "pixels: got a float32 tensor"),
+        (lambda: active_units(trained, test_set, threshold=-1.0), "threshold: got float -1.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()

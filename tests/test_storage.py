@@ -1,0 +1,120 @@
+"""Saved models come back equal; broken, foreign or unwritable files are refused and nothing is half-written."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import vaelib
+from vaelib import load, mlp_vae, save
+from vaelib.likelihoods import LIKELIHOODS
+
+FILES = ["config.json", "model.safetensors"]
+
+
+@pytest.fixture
+def saved(small_vae, tmp_path):
+    save(small_vae, tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("likelihood", [*LIKELIHOODS, {"name": "gaussian", "scale": 0.3, "learned": True}, {"name": "bernoulli", "binarize": "threshold"}])
+def test_a_loaded_model_gives_the_same_elbo(likelihood, digits, tmp_path):
+    model = mlp_vae((1, 28, 28), (16, 8), 3, likelihood, activation="tanh")
+    save(model, tmp_path / "deep" / "run")
+    again = load(tmp_path / "deep" / "run")
+    assert again.config == model.config
+    assert not again.training
+    assert torch.equal(vaelib.heldout_elbo(again, digits[:20]).elbo, vaelib.heldout_elbo(model, digits[:20]).elbo)
+    assert sorted(os.listdir(tmp_path / "deep" / "run")) == FILES
+
+
+def test_the_config_is_readable_and_says_what_the_model_is(saved):
+    config = json.loads((saved / "config.json").read_text())
+    assert config["model"] == "mlp"
+    assert config["latent_dim"] == 4
+    assert config["likelihood"]["name"] == "bernoulli"
+
+
+def test_saving_again_replaces_the_model(saved):
+    other = mlp_vae((1, 8, 8), (4,), 2)
+    save(other, saved)
+    assert load(saved).image_shape == (1, 8, 8)
+    assert sorted(os.listdir(saved)) == FILES
+
+
+def test_loading_runs_no_code_from_the_files(saved):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(saved / "exploded"),)
+
+    (saved / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="is broken or not the weights of this model"):
+        load(saved)
+    torch.save({"w": Bomb()}, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="is broken"):
+        load(saved)
+    assert not (saved / "exploded").exists()
+
+
+def test_missing_broken_and_foreign_files_are_named(saved, tmp_path):
+    weights, config = (saved / "model.safetensors").read_bytes(), (saved / "config.json").read_text()
+    with pytest.raises(ValueError, match=r"path: got .*nowhere, expected a folder written by vaelib.save; it has no config.json"):
+        load(tmp_path / "nowhere")
+
+    (saved / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="model.safetensors is broken"):
+        load(saved)
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="it has no model.safetensors"):
+        load(saved)
+    save_file({"weight": torch.zeros(3)}, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="belongs to another model"):
+        load(saved)
+    save_file({"weight": torch.zeros(3)}, saved / "model.safetensors", {"config": config})
+    with pytest.raises(ValueError, match="not the weights of this model"):
+        load(saved)
+
+    (saved / "model.safetensors").write_bytes(weights)
+    for broken in ("{", "[]", "{}", '{"model": "mpl"}', '{"model": "mlp", "depth": 3}', '{"model": "mlp", "latent_dim": 0}'):
+        (saved / "config.json").write_text(broken)
+        with pytest.raises(ValueError, match="config.json is not a config written by vaelib.save"):
+            load(saved)
+    (saved / "config.json").write_text(config.replace('"latent_dim": 4', '"latent_dim": 5'))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        load(saved)
+    (saved / "config.json").write_text(config)
+    assert load(saved).latent_dim == 4
+
+
+def test_an_unwritable_path_is_refused_and_nothing_is_left(small_vae, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match=r"path: got .*file.*, expected a folder that can be written"):
+            save(small_vae, path)
+    assert (tmp_path / "file").read_text() == "precious"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_save_that_fails_midway_keeps_the_earlier_model(saved, small_vae, monkeypatch):
+    before = (saved / "model.safetensors").read_bytes()
+
+    def full_disk(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("vaelib.storage.save_file", full_disk)
+    with pytest.raises(ValueError, match="path: got .*No space left on device"):
+        save(small_vae, saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    assert sorted(os.listdir(saved)) == FILES
+
+
+def test_a_model_of_ones_own_networks_is_not_saved_silently_wrong(small_vae, tmp_path):
+    small_vae.config = None
+    with pytest.raises(ValueError, match="model: got a VAE without a config"):
+        save(small_vae, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

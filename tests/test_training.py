@@ -1,0 +1,271 @@
+"""The trainer: what it maximizes, how it stops, what it keeps, what it refuses."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import vaelib
+from vaelib import ElboTerms, History, TrainConfig, fit, heldout_elbo, image_set, mlp_vae, train_valid_split
+from vaelib.training import OPTIMIZERS, choose_device, learning_rate_factor, make_optimizer
+
+QUIET = {"progress": False, "device": "cpu"}
+
+
+@pytest.fixture
+def split(digits):
+    return train_valid_split(digits[:600], 100)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return mlp_vae((1, 28, 28), (32,), 4)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_fit_raises_the_elbo_on_held_out_images(model, split):
+    before = heldout_elbo(model, split[1]).elbo.mean().item()
+    history = fit(model, *split, TrainConfig(epochs=8, batch_size=50, **QUIET))
+    after = heldout_elbo(model, split[1]).elbo.mean().item()
+    assert after > before + 200
+    assert history[-1]["valid_elbo"] == pytest.approx(after)
+    assert history["valid_elbo"][-1] > history["valid_elbo"][0]
+
+
+def test_history_is_plain_data_with_both_terms(model, split):
+    history = fit(model, *split, TrainConfig(epochs=2, batch_size=64, **QUIET))
+    assert isinstance(history, History)
+    assert json.loads(json.dumps(history)) == list(history)
+    assert [epoch["epoch"] for epoch in history] == [1, 2] == history["epoch"]
+    for epoch in history:
+        for part in ("train", "valid"):
+            assert epoch[f"{part}_elbo"] == pytest.approx(epoch[f"{part}_log_likelihood"] - epoch[f"{part}_kl"], rel=1e-5)
+        assert epoch["seconds"] > 0
+    assert history.stopped == "finished"
+    assert history.device == "cpu"
+    assert history.best_epoch == 2
+    assert "valid_elbo" not in fit(model, split[0], config=TrainConfig(epochs=1, **QUIET))[0]
+
+
+def test_the_training_elbo_counts_every_image_of_the_last_partial_batch(split):
+    model = mlp_vae((1, 28, 28), (4,), 2)  # made to give an image's first pixel as log-likelihood, and 1 as KL
+    model.elbo = lambda x, *args, **kwargs: ElboTerms(x[:, 0, 0, 0] + 0 * weights_of(model), torch.ones(len(x)))
+    model.likelihood.observe = lambda pixels, generator=None: pixels.float()
+    pixels = torch.zeros(103, 1, 28, 28, dtype=torch.uint8)
+    pixels[:, 0, 0, 0] = torch.arange(103)
+    history = fit(model, image_set(pixels), config=TrainConfig(epochs=1, batch_size=25, **QUIET))
+    assert history[0]["train_log_likelihood"] == pytest.approx(51)
+    assert history[0]["train_kl"] == pytest.approx(1)
+
+
+def weights_of(model):
+    return sum(p.sum() for p in model.parameters())
+
+
+def test_one_step_of_fit_is_one_step_of_gradient_descent_on_minus_the_elbo(model, digits):
+    images = digits[:16]
+    start = weights(model)
+    reference = mlp_vae((1, 28, 28), (32,), 4)
+    reference.load_state_dict(model.state_dict())
+    config = TrainConfig(epochs=1, batch_size=16, optimizer="SGD", learning_rate=1e-4, schedule="constant", beta=2.0, **QUIET)
+    fit(model, images, config=config)
+    generator = torch.Generator().manual_seed(0)
+    pixels = next(vaelib.minibatches(images, 16, generator))
+    terms = reference.elbo(reference.likelihood.observe(pixels, generator), generator=generator)
+    (terms.log_likelihood - 2 * terms.kl).mean().backward()  # ascent on the beta-ELBO
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter += 1e-4 * parameter.grad
+    torch.testing.assert_close(weights(model), weights(reference))
+    assert not torch.equal(weights(model), start)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(split):
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        model = mlp_vae((1, 28, 28), (32,), 4)
+        torch.manual_seed(len(results))  # the global generator plays no part
+        fit(model, *split, TrainConfig(epochs=1, batch_size=64, seed=seed, **QUIET))
+        results.append(weights(model))
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+def test_validation_does_not_change_what_is_learned(split):
+    results = []
+    for valid in (None, split[1]):
+        torch.manual_seed(0)
+        model = mlp_vae((1, 28, 28), (32,), 4)
+        fit(model, split[0], valid, TrainConfig(epochs=2, batch_size=64, **QUIET))
+        results.append(weights(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+def test_any_optimizer_of_torch_trains(name, split):
+    torch.manual_seed(0)
+    model = mlp_vae((1, 28, 28), (8,), 2)
+    if name == "Muon":  # takes matrices only: choose the parameters in a function of your own
+        with pytest.raises(ValueError, match="optimizer_options"):
+            fit(model, split[0], config=TrainConfig(epochs=1, optimizer=name, **QUIET))
+        return
+    rate = 1e-5 if name == "SGD" else 1e-3
+    history = fit(model, split[0], config=TrainConfig(epochs=3, batch_size=50, optimizer=name, learning_rate=rate, **QUIET))
+    assert history[-1]["train_elbo"] > history[0]["train_elbo"]
+
+
+def test_the_optimizer_may_be_a_function_of_the_parameters(model, split):
+    config = TrainConfig(epochs=1, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-5, momentum=0.9), **QUIET)
+    assert len(fit(model, split[0], config=config)) == 1
+    assert "lambda" in config.as_dict()["optimizer"]
+    assert make_optimizer(model, TrainConfig(optimizer="SGD", optimizer_options={"momentum": 0.5})).param_groups[0]["momentum"] == 0.5
+
+
+def test_learning_rate_warms_up_and_follows_its_schedule():
+    factor = learning_rate_factor(TrainConfig(schedule="cosine", warmup_steps=4), 100)
+    assert [factor(step) for step in (0, 1)] == pytest.approx([0.25, 0.5], rel=1e-2)
+    assert factor(50) == pytest.approx(0.5)
+    assert factor(100) == pytest.approx(0, abs=1e-9)
+    assert learning_rate_factor(TrainConfig(schedule="linear"), 100)(25) == pytest.approx(0.75)
+    assert learning_rate_factor(TrainConfig(schedule="constant"), 100)(99) == 1
+    assert learning_rate_factor(TrainConfig(schedule=lambda progress: progress**2), 100)(50) == pytest.approx(0.25)
+
+
+def test_kl_warm_up_raises_beta_linearly(model, split):
+    history = fit(model, split[0], config=TrainConfig(epochs=4, batch_size=50, beta=2.0, kl_warmup_epochs=2, **QUIET))
+    assert history["beta"] == pytest.approx([1.0, 2.0, 2.0, 2.0])
+    plain = mlp_vae((1, 28, 28), (32,), 4)
+    assert fit(plain, split[0], config=TrainConfig(epochs=1, **QUIET))["beta"] == [1.0]
+
+
+def test_gradient_clipping_bounds_the_step(split):
+    torch.manual_seed(0)
+    model = mlp_vae((1, 28, 28), (32,), 4)
+    start = weights(model)
+    config = TrainConfig(epochs=1, batch_size=500, optimizer="SGD", learning_rate=1.0, schedule="constant", clip_norm=0.1, **QUIET)
+    fit(model, split[0], config=config)
+    assert (weights(model) - start).norm().item() == pytest.approx(0.1, rel=1e-3)
+
+
+def test_early_stop_puts_the_best_weights_back(monkeypatch, model, split):
+    seen = []
+    scores = iter([-500.0, -300.0, -400.0, -350.0, -100.0])
+
+    def scripted(model, images, **kwargs):
+        seen.append(weights(model))
+        return ElboTerms(torch.tensor([next(scores)]), torch.zeros(1))
+
+    monkeypatch.setattr("vaelib.training.heldout_elbo", scripted)
+    history = fit(model, *split, TrainConfig(epochs=5, batch_size=100, patience=2, **QUIET))
+    assert history.stopped == "early stop"
+    assert history.best_epoch == 2
+    assert len(history) == 4
+    assert torch.equal(weights(model), seen[1])
+
+
+def test_ctrl_c_keeps_what_was_learned(monkeypatch, model, split):
+    start = weights(model)
+    observe, calls = model.likelihood.observe, []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 15:  # in the second epoch of ten steps
+            raise KeyboardInterrupt
+        return observe(*args)
+
+    monkeypatch.setattr(model.likelihood, "observe", interrupted)
+    history = fit(model, split[0], config=TrainConfig(epochs=5, batch_size=50, **QUIET))
+    assert history.stopped == "interrupted"
+    assert len(history) == 1
+    assert not torch.equal(weights(model), start)
+    assert torch.isfinite(weights(model)).all()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(model, split):
+    config = TrainConfig(epochs=3, batch_size=50, optimizer="SGD", learning_rate=1e6, schedule="constant", **QUIET)
+    with pytest.raises(FloatingPointError, match="epoch 1: the (log-likelihood|KL) term is (nan|inf|-inf); try a lower learning_rate"):
+        fit(model, split[0], config=config)
+
+
+def test_fit_leaves_the_mode_of_the_model_alone(model, split):
+    for mode in (True, False):
+        model.train(mode)
+        fit(model, *split, TrainConfig(epochs=1, **QUIET))
+        assert model.training is mode
+
+
+def test_the_progress_bar_shows_the_elbo(model, split, capsys):
+    fit(model, *split, TrainConfig(epochs=1, batch_size=100, device="cpu"))
+    shown = capsys.readouterr().err
+    assert "5/5" in shown
+    assert "valid_elbo" in shown
+    fit(model, *split, TrainConfig(epochs=1, **QUIET))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"epochs": 0}, "epochs: got int 0"),
+    ({"batch_size": 0}, "batch_size: got int 0"),
+    ({"batch_size": 12.5}, "batch_size: got float 12.5"),
+    ({"learning_rate": 0}, "learning_rate: got int 0, expected a finite number above 0"),
+    ({"learning_rate": math.nan}, "learning_rate: got float nan"),
+    ({"beta": -1}, "beta: got int -1"),
+    ({"optimizer": "Adm"}, "optimizer: got 'Adm'.*did you mean 'Adam'"),
+    ({"optimizer": "LBFGS"}, "optimizer: got 'LBFGS'"),
+    ({"schedule": "cosin"}, "schedule: got 'cosin'.*did you mean 'cosine'"),
+    ({"clip_norm": 0}, "clip_norm: got int 0"),
+    ({"patience": 0}, "patience: got int 0"),
+    ({"kl_warmup_epochs": -1}, "kl_warmup_epochs: got int -1"),
+    ({"warmup_steps": -1}, "warmup_steps: got int -1"),
+    ({"num_samples": 0}, "num_samples: got int 0"),
+    ({"seed": -1}, "seed: got int -1"),
+])  # fmt: skip
+def test_a_bad_configuration_is_refused_when_it_is_made(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**arguments)
+
+
+def test_fit_refuses_what_does_not_fit(model, split):
+    train, _ = split
+    small = image_set(torch.zeros(300, 1, 8, 8, dtype=torch.uint8))
+    cases = [
+        ((small,), {}, r"images: got images of shape \(1, 8, 8\), expected \(1, 28, 28\)"),
+        ((train, small), {}, r"valid: got images of shape \(1, 8, 8\)"),
+        ((train.pixels,), {}, "images: got a uint8 tensor .*, expected an ImageSet"),
+        ((train,), {"config": TrainConfig(batch_size=501)}, "batch_size: got 501, expected at most the 500 images"),
+        ((train,), {"config": TrainConfig(patience=3)}, "patience: .*expected valid"),
+        ((train,), {"config": {"epochs": 3}}, "config: got dict .*, expected a TrainConfig"),
+        ((train,), {"config": TrainConfig(device="gpu")}, "device: got 'gpu'"),
+        ((train,), {"config": TrainConfig(optimizer_options={"momentun": 1}, optimizer="SGD")}, "optimizer_options: got"),
+    ]
+    before = weights(model)
+    for arguments, keywords, message in cases:
+        with pytest.raises(ValueError, match=message):
+            fit(model, *arguments, **keywords)
+    assert torch.equal(weights(model), before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there, so asking for it is no mistake")
+def test_cuda_asked_for_where_there_is_none_is_refused():
+    with pytest.raises(ValueError, match="device: got 'cuda', but torch finds no such device here"):
+        choose_device("cuda")
+    assert choose_device("auto").type in ("cpu", "mps")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_fit_on_cuda_reaches_the_elbo_of_the_cpu(split):
+    scores = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = mlp_vae((1, 28, 28), (32,), 4)
+        fit(model, *split, TrainConfig(epochs=8, batch_size=50, progress=False, device=device))
+        scores.append(heldout_elbo(model, split[1], num_samples=10).elbo.mean().item())
+    assert scores[0] == pytest.approx(scores[1], abs=10)
