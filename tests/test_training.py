@@ -72,7 +72,7 @@ def test_one_step_of_fit_is_one_step_of_gradient_descent_on_minus_the_elbo(model
     start = weights(model)
     reference = mlp_vae((1, 28, 28), (32,), 4)
     reference.load_state_dict(model.state_dict())
-    config = TrainConfig(epochs=1, batch_size=16, optimizer="SGD", learning_rate=1e-4, schedule="constant", beta=2.0, **QUIET)
+    config = TrainConfig(epochs=1, batch_size=16, optimizer="SGD", learning_rate=1e-4, schedule="constant", warmup=0, clip_norm=None, beta=2.0, **QUIET)
     fit(model, images, config=config)
     generator = torch.Generator().manual_seed(0)
     pixels = next(vaelib.minibatches(images, 16, generator))
@@ -128,11 +128,11 @@ def test_the_optimizer_may_be_a_function_of_the_parameters(model, split):
 
 
 def test_learning_rate_warms_up_and_follows_its_schedule():
-    factor = learning_rate_factor(TrainConfig(schedule="cosine", warmup_steps=4), 100)
+    factor = learning_rate_factor(TrainConfig(schedule="cosine", warmup=0.04), 100)
     assert [factor(step) for step in (0, 1)] == pytest.approx([0.25, 0.5], rel=1e-2)
     assert factor(50) == pytest.approx(0.5)
     assert factor(100) == pytest.approx(0, abs=1e-9)
-    assert learning_rate_factor(TrainConfig(schedule="linear"), 100)(25) == pytest.approx(0.75)
+    assert learning_rate_factor(TrainConfig(schedule="linear", warmup=0), 100)(25) == pytest.approx(0.75)
     assert learning_rate_factor(TrainConfig(schedule="constant"), 100)(99) == 1
     assert learning_rate_factor(TrainConfig(schedule=lambda progress: progress**2), 100)(50) == pytest.approx(0.25)
 
@@ -188,7 +188,7 @@ def test_ctrl_c_keeps_what_was_learned(monkeypatch, model, split):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(model, split):
-    config = TrainConfig(epochs=3, batch_size=50, optimizer="SGD", learning_rate=1e6, schedule="constant", **QUIET)
+    config = TrainConfig(epochs=3, batch_size=50, optimizer="SGD", learning_rate=1e6, schedule="constant", clip_norm=None, **QUIET)
     with pytest.raises(FloatingPointError, match="epoch 1: the (log-likelihood|KL) term is (nan|inf|-inf); try a lower learning_rate"):
         fit(model, split[0], config=config)
 
@@ -222,7 +222,7 @@ def test_the_progress_bar_shows_the_elbo(model, split, capsys):
     ({"clip_norm": 0}, "clip_norm: got int 0"),
     ({"patience": 0}, "patience: got int 0"),
     ({"kl_warmup_epochs": -1}, "kl_warmup_epochs: got int -1"),
-    ({"warmup_steps": -1}, "warmup_steps: got int -1"),
+    ({"warmup": -0.1}, "warmup: got float -0.1"),
     ({"num_samples": 0}, "num_samples: got int 0"),
     ({"seed": -1}, "seed: got int -1"),
 ])  # fmt: skip

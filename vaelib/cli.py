@@ -52,7 +52,8 @@ def train(
     optimizer: Annotated[str, typer.Option(help="A class of torch.optim.")] = "Adam",
     learning_rate: float = TrainConfig.learning_rate,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
-    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 leaves it alone.")] = 0.0,
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = TrainConfig.warmup,
+    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 leaves it alone.")] = 100.0,
     beta: float = 1.0,
     kl_warmup_epochs: float = 0.0,
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better held-out ELBO; 0 never stops.")] = 0,
@@ -71,7 +72,7 @@ def train(
     except ValueError as error:
         raise ValueError(f"hidden: got {hidden!r}, expected integers separated by commas, such as 500,200") from error
     config = TrainConfig(
-        epochs=epochs, batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate, schedule=schedule, beta=beta,
+        epochs=epochs, batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate, schedule=schedule, warmup=warmup, beta=beta,
         clip_norm=clip_norm or None, kl_warmup_epochs=kl_warmup_epochs, patience=patience or None, seed=seed, device=device,
         progress=not as_json,
     )  # fmt: skip

@@ -41,7 +41,7 @@ class TrainConfig:
     learning_rate : the highest learning rate.
     optimizer_options : further arguments of the optimizer, such as ``{"momentum": 0.9}``.
     schedule : ``"cosine"`` (to 0), ``"linear"`` (to 0), ``"constant"``, or a function from progress in [0, 1] to a factor.
-    warmup_steps : steps over which the learning rate rises linearly from 0.
+    warmup : share of the steps over which the learning rate rises linearly from 0.
     clip_norm : the gradient's norm is cut to this; None leaves it alone.
     beta : weight of the KL term; 1 is the ELBO.
     kl_warmup_epochs : epochs over which beta rises linearly from 0.
@@ -55,11 +55,11 @@ class TrainConfig:
     epochs: int = 20
     batch_size: int = 128
     optimizer: str | Callable[[Iterable[Tensor]], torch.optim.Optimizer] = "Adam"
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     optimizer_options: dict[str, Any] | None = None
     schedule: str | Callable[[float], float] = "cosine"
-    warmup_steps: int = 0
-    clip_norm: float | None = None
+    warmup: float = 0.05
+    clip_norm: float | None = 100.0
     beta: float = 1.0
     kl_warmup_epochs: float = 0
     num_samples: int = 1
@@ -72,7 +72,7 @@ class TrainConfig:
         check_int("epochs", self.epochs)
         check_int("batch_size", self.batch_size)
         check_int("num_samples", self.num_samples)
-        check_int("warmup_steps", self.warmup_steps, minimum=0)
+        check_number("warmup", self.warmup)
         check_int("seed", self.seed, minimum=0)
         check_number("learning_rate", self.learning_rate, exclusive=True)
         check_number("beta", self.beta)
@@ -151,8 +151,10 @@ def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int
     """Step -> factor of the learning rate: linear warm-up times the schedule."""
     schedule = config.schedule if callable(config.schedule) else SCHEDULES[config.schedule]
 
+    warmup_steps = max(1.0, config.warmup * total_steps)
+
     def factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+        warmup = min(1.0, (step + 1) / warmup_steps)
         return warmup * schedule(min(1.0, step / total_steps))
 
     return factor
