@@ -107,10 +107,10 @@ def test_minibatches_show_every_image_once_and_keep_the_last_partial_batch():
 
 
 @pytest.mark.parametrize(("pixels", "labels", "message"), [
-    (torch.zeros(2, 1, 4, 4), torch.zeros(2).long(), r"pixels: got a float32 tensor of shape \(2, 1, 4, 4\), expected pixels: a uint8"),
+    (torch.zeros(2, 1, 4, 4), torch.zeros(2).long(), r"pixels: got a float32 tensor .*, expected pixels: a uint8"),
     (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2).long(), r"pixels: .*expected shape \(N, C, H, W\)"),
     (torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(0).long(), "pixels: got an empty set"),
-    (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3).long(), r"labels: got .*, expected an int64 tensor of shape \(2,\)"),
+    (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(3).long(), r"labels: got .*, expected an int64 tensor"),
     (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2), "labels: got a float32"),
 ])  # fmt: skip
 def test_an_image_set_checks_what_it_is_given(pixels, labels, message):
@@ -136,7 +136,9 @@ def test_the_data_folder_is_vaelib_data_or_the_users_cache(monkeypatch, tmp_path
 @pytest.mark.parametrize("name", list(CHECKSUMS))
 def test_missing_data_without_network_name_the_folder_and_the_way_out(name, tmp_path, no_network):
     root = tmp_path / "data"
-    with pytest.raises(DataNotFoundError, match=f"{name}: .* is not in .*could not be downloaded.*VAELIB_DATA.*bundled sets 'digits'"):
+    with pytest.raises(
+        DataNotFoundError, match=f"{name}: .* is not in .*could not be downloaded.*VAELIB_DATA.*bundled sets 'digits'"
+    ):
         load_images(name, root=root)
     assert list(root.iterdir()) == []  # nothing half-written
     with pytest.raises(ValueError, match="download=False"):

@@ -92,10 +92,15 @@ def test_tiles_stand_row_by_row_with_a_gap():
 
 
 def test_figures_hold_what_their_axes_say(trained, digits):
-    history = [{"epoch": e, **{f"{p}_{t}": e * 1.0 for p in ("train", "valid") for t in ("elbo", "log_likelihood", "kl")}} for e in (1, 2, 3)]
+    history = [
+        {"epoch": e, **{f"{p}_{t}": e * 1.0 for p in ("train", "valid") for t in ("elbo", "log_likelihood", "kl")}}
+        for e in (1, 2, 3)
+    ]
     axes = training_curves(history, skip=1).axes
     assert [ax.get_title() for ax in axes] == ["ELBO", "E[log p(x given z)]", "KL to the prior"]
-    assert [line.get_xdata().tolist() if hasattr(line.get_xdata(), "tolist") else line.get_xdata() for line in axes[0].lines] == [[2, 3]] * 2
+    assert [line.get_xdata().tolist() if hasattr(line.get_xdata(), "tolist") else line.get_xdata() for line in axes[0].lines] == [
+        [2, 3]
+    ] * 2
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["training", "held out"]
     ax = show_images(digits.pixels[:6], columns=3, row_labels=["data", "model"]).axes[0]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["data", "model"]

@@ -43,7 +43,10 @@ def test_bernoulli_is_the_sum_of_log_p_and_log_one_minus_p(generator):
 def test_dynamic_binarization_is_one_with_probability_pixel_over_255(generator):
     pixels = torch.tensor([0, 1, 100, 254, 255], dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 400, 500)
     likelihood = Bernoulli()
-    for x in (likelihood.observe(pixels, generator), likelihood.observe(pixels, uniform=torch.rand(5, 1, 400, 500, generator=generator))):
+    for x in (
+        likelihood.observe(pixels, generator),
+        likelihood.observe(pixels, uniform=torch.rand(5, 1, 400, 500, generator=generator)),
+    ):
         assert set(x.unique().tolist()) == {0, 1}
         share, p = x.mean((1, 2, 3)), torch.tensor([0, 1, 100, 254, 255]) / 255
         assert ((share - p).abs() <= 4 * (p * (1 - p) / 200_000).sqrt()).all()
@@ -70,7 +73,9 @@ def test_threshold_binarization_cuts_at_128():
     x = likelihood.observe(RAMP)
     assert x.dtype == torch.float32
     assert x.flatten().tolist() == [0.0] * 128 + [1.0] * 128
-    with pytest.raises(ValueError, match="binarize: got 'treshold', expected one of 'sample', 'threshold'; did you mean 'threshold'"):
+    with pytest.raises(
+        ValueError, match="binarize: got 'treshold', expected one of 'sample', 'threshold'; did you mean 'threshold'"
+    ):
         Bernoulli("treshold")
 
 
@@ -130,7 +135,9 @@ def test_discretized_logistic_clamps_its_log_scale_at_seven_on_both_sides():
     likelihood = DiscretizedLogistic()
     x = likelihood.observe(RAMP)
     for beyond, bound in ((-9.0, -7.0), (9.0, 7.0)):
-        assert torch.equal(likelihood.log_prob(x, logistic_params(0.1, beyond, 256)), likelihood.log_prob(x, logistic_params(0.1, bound, 256)))
+        assert torch.equal(
+            likelihood.log_prob(x, logistic_params(0.1, beyond, 256)), likelihood.log_prob(x, logistic_params(0.1, bound, 256))
+        )
     within = [likelihood.log_prob(x, logistic_params(0.1, s, 256)) for s in (-7.0, -6.9, 6.9, 7.0)]
     assert not torch.equal(within[0], within[1])
     assert not torch.equal(within[2], within[3])
@@ -283,7 +290,9 @@ def test_bernoulli_refuses_grey_values():
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("bad", [torch.rand(2, 1, 4, 4), torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8), [1]])
+@pytest.mark.parametrize(
+    "bad", [torch.rand(2, 1, 4, 4), torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8), [1]]
+)
 def test_observe_wants_uint8_images(name, bad):
     with pytest.raises(ValueError, match=r"pixels: got .*expected"):
         make_likelihood(name).observe(bad)
@@ -299,7 +308,9 @@ def test_an_unknown_likelihood_is_answered_with_the_nearest_name():
             Gaussian(scale)
 
 
-@pytest.mark.parametrize("config", [*ALL, {"name": "gaussian", "scale": 0.2, "learned": True}, {"name": "bernoulli", "binarize": "threshold"}])
+@pytest.mark.parametrize(
+    "config", [*ALL, {"name": "gaussian", "scale": 0.2, "learned": True}, {"name": "bernoulli", "binarize": "threshold"}]
+)
 def test_a_likelihood_is_rebuilt_by_its_config(config):
     likelihood = make_likelihood(config)
     again = make_likelihood(likelihood.config)

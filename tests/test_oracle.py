@@ -158,7 +158,9 @@ def test_gradients_of_the_reparameterized_elbo_match_finite_differences(generato
         parameters = dict(model.named_parameters())
 
         def elbo(*values, model=model, parameters=parameters, x=x, eps=eps):
-            terms = torch.func.functional_call(ElboOf(model), {f"model.{k}": v for k, v in zip(parameters, values, strict=True)}, (x, eps))
+            terms = torch.func.functional_call(
+                ElboOf(model), {f"model.{k}": v for k, v in zip(parameters, values, strict=True)}, (x, eps)
+            )
             return terms.log_likelihood, terms.kl
 
         assert torch.autograd.gradcheck(elbo, tuple(parameters.values()), eps=1e-6, atol=1e-5)

@@ -21,7 +21,10 @@ def saved(small_vae, tmp_path):
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize("likelihood", [*LIKELIHOODS, {"name": "gaussian", "scale": 0.3, "learned": True}, {"name": "bernoulli", "binarize": "threshold"}])
+@pytest.mark.parametrize(
+    "likelihood",
+    [*LIKELIHOODS, {"name": "gaussian", "scale": 0.3, "learned": True}, {"name": "bernoulli", "binarize": "threshold"}],
+)
 def test_a_loaded_model_gives_the_same_elbo(likelihood, digits, tmp_path):
     model = mlp_vae((1, 28, 28), (16, 8), 3, likelihood, activation="tanh")
     save(model, tmp_path / "deep" / "run")

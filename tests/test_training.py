@@ -72,7 +72,17 @@ def test_one_step_of_fit_is_one_step_of_gradient_descent_on_minus_the_elbo(model
     start = weights(model)
     reference = mlp_vae((1, 28, 28), (32,), 4)
     reference.load_state_dict(model.state_dict())
-    config = TrainConfig(epochs=1, batch_size=16, optimizer="SGD", learning_rate=1e-4, schedule="constant", warmup=0, clip_norm=None, beta=2.0, **QUIET)
+    config = TrainConfig(
+        epochs=1,
+        batch_size=16,
+        optimizer="SGD",
+        learning_rate=1e-4,
+        schedule="constant",
+        warmup=0,
+        clip_norm=None,
+        beta=2.0,
+        **QUIET,
+    )
     fit(model, images, config=config)
     generator = torch.Generator().manual_seed(0)
     pixels = next(vaelib.minibatches(images, 16, generator))
@@ -124,7 +134,9 @@ def test_the_optimizer_may_be_a_function_of_the_parameters(model, split):
     config = TrainConfig(epochs=1, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-5, momentum=0.9), **QUIET)
     assert len(fit(model, split[0], config=config)) == 1
     assert "lambda" in config.as_dict()["optimizer"]
-    assert make_optimizer(model, TrainConfig(optimizer="SGD", optimizer_options={"momentum": 0.5})).param_groups[0]["momentum"] == 0.5
+    assert (
+        make_optimizer(model, TrainConfig(optimizer="SGD", optimizer_options={"momentum": 0.5})).param_groups[0]["momentum"] == 0.5
+    )
 
 
 def test_learning_rate_warms_up_and_follows_its_schedule():
@@ -189,7 +201,9 @@ def test_ctrl_c_keeps_what_was_learned(monkeypatch, model, split):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(model, split):
     config = TrainConfig(epochs=3, batch_size=50, optimizer="SGD", learning_rate=1e6, schedule="constant", clip_norm=None, **QUIET)
-    with pytest.raises(FloatingPointError, match="epoch 1: the (log-likelihood|KL) term is (nan|inf|-inf); try a lower learning_rate"):
+    with pytest.raises(
+        FloatingPointError, match="epoch 1: the (log-likelihood|KL) term is (nan|inf|-inf); try a lower learning_rate"
+    ):
         fit(model, split[0], config=config)
 
 

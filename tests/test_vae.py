@@ -274,7 +274,9 @@ def test_a_vae_of_ones_own_networks_checks_its_shapes():
     assert model.config is None
 
 
-@given(st.integers(1, 4), st.sampled_from([(1, 2, 2), (3, 1, 4), (1, 5, 3)]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 255))
+@given(
+    st.integers(1, 4), st.sampled_from([(1, 2, 2), (3, 1, 4), (1, 5, 3)]), st.integers(1, 3), st.integers(1, 3), st.integers(0, 255)
+)
 def test_elbo_has_one_finite_number_per_image(n, image_shape, latent_dim, num_samples, level):
     model = mlp_vae(image_shape, (4,), latent_dim)
     x = model.likelihood.observe(torch.full((n, *image_shape), level, dtype=torch.uint8))

@@ -22,7 +22,12 @@ from vaelib.ledger import entry
 from vaelib.storage import CONFIG, MODELS, load, save, writable_folder, write_text
 from vaelib.training import TrainConfig, choose_device, fit
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Variational autoencoders: train, evaluate, sample.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Variational autoencoders: train, evaluate, sample.",
+)
 RUN = "run.json"
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a trained model.")]
@@ -72,10 +77,20 @@ def train(
     except ValueError as error:
         raise ValueError(f"hidden: got {hidden!r}, expected integers separated by commas, such as 500,200") from error
     config = TrainConfig(
-        epochs=epochs, batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate, schedule=schedule, warmup=warmup, beta=beta,
-        clip_norm=clip_norm or None, kl_warmup_epochs=kl_warmup_epochs, patience=patience or None, seed=seed, device=device,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        learning_rate=learning_rate,
+        schedule=schedule,
+        warmup=warmup,
+        clip_norm=clip_norm or None,
+        beta=beta,
+        kl_warmup_epochs=kl_warmup_epochs,
+        patience=patience or None,
+        seed=seed,
+        device=device,
         progress=not as_json,
-    )  # fmt: skip
+    )
     choose_device(device)
     if (out / CONFIG).exists() and not overwrite:
         raise ValueError(f"out: {out} already holds a model, expected another folder; --overwrite replaces it")
@@ -90,9 +105,14 @@ def train(
     save(vae, out)
     write_text(out / "history.json", json.dumps(list(history), indent=1) + "\n")
     summary = {
-        "out": str(out), "data": data, "epochs": len(history), "stopped": history.stopped, "device": history.device, "seconds": round(seconds, 1),
+        "out": str(out),
+        "data": data,
+        "epochs": len(history),
+        "stopped": history.stopped,
+        "device": history.device,
+        "seconds": round(seconds, 1),
         **(history[-1] if history else {}),
-    }  # fmt: skip
+    }
     record = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, seconds, summary) | {"data": data, "training": config.as_dict()}
     write_text(out / RUN, json.dumps(record, indent=2) + "\n")
     show(summary, as_json)

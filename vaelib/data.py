@@ -215,7 +215,9 @@ def _read(name: str, split: str, root: Path) -> ImageSet:
     for file, md5 in CHECKSUMS[name].items():
         other_split = ("t10k" in file or "test" in file) if train else ("train" in file or "data_batch" in file)
         if not other_split and not check_integrity(str(root / file), md5):
-            raise ValueError(f"{name}: the file {root / file} is truncated or corrupted (its md5 is not {md5}); delete it and load again")
+            raise ValueError(
+                f"{name}: the file {root / file} is truncated or corrupted (its md5 is not {md5}); delete it and load again"
+            )
     if name == "cifar10":
         cifar = datasets.CIFAR10(str(root), train=train)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()

@@ -41,7 +41,9 @@ def interpolate(model: VAE, a: Tensor, b: Tensor, steps: int = 10, seed: int = 0
     ends = []
     with evaluating(model):
         for name, image in (("a", a), ("b", b)):
-            image = check_pixels(name, image if not isinstance(image, Tensor) or image.dim() == 4 else image[None], model.image_shape)
+            image = check_pixels(
+                name, image if not isinstance(image, Tensor) or image.dim() == 4 else image[None], model.image_shape
+            )
             if len(image) != 1:
                 raise ValueError(f"{name}: got {len(image)} images, expected one")
             ends += [model.encode(x).mean for x, _ in observations(model, image, 1, seed)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vaelib.storage import write_text, writable_folder
+from vaelib.storage import writable_folder, write_text
 
 PACKAGES = ("vaelib", "torch", "torchvision", "numpy", "scikit-learn")
 
@@ -22,10 +22,20 @@ def hardware() -> dict[str, Any]:
     """Processor, cores, accelerator and operating system."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    return {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu, "system": platform.system()}
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "system": platform.system(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -41,8 +51,11 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of the source tree, with "+changes" where it was edited since; None outside a git checkout."""
+
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--", "*.py", "*.toml")

@@ -117,7 +117,9 @@ class Bernoulli(Likelihood):
     def check_values(self, x: Tensor) -> None:
         super().check_values(x)
         if not torch.all((x == 0) | (x == 1)):
-            raise ValueError("x: got values between 0 and 1, expected only 0 and 1; likelihood.observe(pixels) binarizes uint8 pixels")
+            raise ValueError(
+                "x: got values between 0 and 1, expected only 0 and 1; likelihood.observe(pixels) binarizes uint8 pixels"
+            )
 
     def mean(self, params: Tensor) -> Tensor:
         return params.sigmoid()
@@ -286,5 +288,7 @@ def bits_per_dim(log_prob: Tensor | float, num_dims: int, likelihood: Likelihood
     """
     check_int("num_dims", num_dims)
     if likelihood.values is None:
-        raise ValueError(f"likelihood: got {likelihood.config['name']!r}, expected one over discrete values; bits/dim has no meaning here")
+        raise ValueError(
+            f"likelihood: got {likelihood.config['name']!r}, expected one over discrete values; bits/dim has no meaning here"
+        )
     return -log_prob / (num_dims * math.log(2))

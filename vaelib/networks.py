@@ -43,7 +43,12 @@ class MLPDecoder(nn.Module):
     """z (N, latent_dim) -> params (N, P*C, H, W); `hidden_dims` in the order in which z meets them."""
 
     def __init__(
-        self, latent_dim: int, hidden_dims: Sequence[int], image_shape: Sequence[int], params_per_value: int = 1, activation: str = "relu"
+        self,
+        latent_dim: int,
+        hidden_dims: Sequence[int],
+        image_shape: Sequence[int],
+        params_per_value: int = 1,
+        activation: str = "relu",
     ) -> None:
         super().__init__()
         channels, height, width = check_image_shape("image_shape", image_shape)

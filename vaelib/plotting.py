@@ -61,7 +61,12 @@ def tile(pixels: Tensor, columns: int | None = None, gap: int = 1, ground: int =
 
 
 def show_images(
-    pixels: Tensor, columns: int | None = None, row_labels: Sequence[str] = (), scale: float = 0.45, ax: Axes | None = None, gap: int = 1
+    pixels: Tensor,
+    columns: int | None = None,
+    row_labels: Sequence[str] = (),
+    scale: float = 0.45,
+    ax: Axes | None = None,
+    gap: int = 1,
 ) -> Figure:
     """A grid of images; `row_labels` name its rows, `scale` is the size of one image in inches."""
     with style():
@@ -94,7 +99,13 @@ def training_curves(history: Sequence[dict[str, float]], skip: int = 0) -> Figur
             for color, (part, label) in zip(PALETTE, {"train": "training", "valid": "held out"}.items(), strict=False):
                 if f"{part}_{term}" in shown[0]:
                     epochs = [epoch["epoch"] for epoch in shown]
-                    ax.plot(epochs, [epoch[f"{part}_{term}"] for epoch in shown], color=color, label=label, ls="-" if part == "train" else "--")
+                    ax.plot(
+                        epochs,
+                        [epoch[f"{part}_{term}"] for epoch in shown],
+                        color=color,
+                        label=label,
+                        ls="-" if part == "train" else "--",
+                    )
             ax.set(title=title, xlabel="epoch")
         axes[0].set_ylabel("nats per image")
         axes[0].legend(loc="lower right")
@@ -107,7 +118,7 @@ def latent_scatter(codes: Tensor, labels: Tensor, classes: Sequence[str], ax: Ax
         if ax is None:
             _, ax = plt.subplots(figsize=(4.6, 4.4))
         colors = plt.get_cmap("tab10")(np.arange(10))
-        for label, name in enumerate(classes):
+        for label in range(len(classes)):
             mine = codes[labels == label]
             ax.scatter(mine[:, 0], mine[:, 1], s=3, alpha=0.35, color=colors[label % 10], linewidths=0)
         for label, name in enumerate(classes):

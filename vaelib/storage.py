@@ -84,7 +84,9 @@ def load(path: str | Path) -> VAE:
         with safe_open(path / WEIGHTS, "pt") as file:
             stored = json.loads((file.metadata() or {}).get("config", "null"))
         if stored != model.config:
-            raise ValueError(f"path: {path / WEIGHTS} belongs to another model: its config is {describe(stored)}, {CONFIG} says otherwise")
+            raise ValueError(
+                f"path: {path / WEIGHTS} belongs to another model: its config is {describe(stored)}, {CONFIG} says otherwise"
+            )
         model.load_state_dict(load_file(path / WEIGHTS))
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ValueError(f"path: {path / WEIGHTS} is broken or not the weights of this model ({error})") from error

@@ -144,7 +144,9 @@ def make_optimizer(model: VAE, config: TrainConfig) -> torch.optim.Optimizer:
     try:
         return kind(model.parameters(), **options)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer_options: got {config.optimizer_options}, which {config.optimizer} does not take: {error}") from error
+        raise ValueError(
+            f"optimizer_options: got {config.optimizer_options}, which {config.optimizer} does not take: {error}"
+        ) from error
 
 
 def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:

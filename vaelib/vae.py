@@ -123,12 +123,19 @@ class VAE(nn.Module):
         return self._log_likelihood(x, z, validate) + log_prior - log_posterior
 
     def importance_weighted_bound(
-        self, x: Tensor, num_samples: int, eps: Tensor | None = None, generator: torch.Generator | None = None, validate: bool = True
+        self,
+        x: Tensor,
+        num_samples: int,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        validate: bool = True,
     ) -> Tensor:
         """The bound with K = num_samples draws: (N,), nats. eq. importance-weighted-bound"""
         return importance_weighted_bound(self.log_weights(x, num_samples, eps, generator, validate))
 
-    def _draw(self, mean: Tensor, log_var: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def _draw(
+        self, mean: Tensor, log_var: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
         """z (K, N, L)."""
         shape = (check_int("num_samples", num_samples), *mean.shape)
         if eps is not None and eps.shape != shape:

@@ -68,7 +68,9 @@ def table():
             if label not in by_test:
                 holes.append(f"{label}: no test bears its label")
     known = {row[0] for row in rows}
-    holes += [f"{label}: named by {', '.join(names)}, but no page has it" for label, names in by_function.items() if label not in known]
+    holes += [
+        f"{label}: named by {', '.join(names)}, but no page has it" for label, names in by_function.items() if label not in known
+    ]
     holes += [f"{label}: borne by {', '.join(names)}, but no page has it" for label, names in by_test.items() if label not in known]
     return rows, holes
 
