@@ -69,9 +69,10 @@ def imports_of(module):
     return found
 
 
-ORDER = (
-    "_validation data likelihoods objectives noise networks vae training storage evaluation generation oracles ledger plotting cli"
-).split()
+ORDER = [
+    *("_validation", "data", "likelihoods", "objectives", "noise", "networks", "vae", "training"),
+    *("storage", "evaluation", "generation", "oracles", "ledger", "plotting", "cli"),
+]
 
 
 def test_imports_run_one_way_down_the_order_of_the_modules():

@@ -1,0 +1,184 @@
+"""The book keeps its promises: equations have functions and tests, numbers have runs, figures have words."""
+
+import ast
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+BOOK = ROOT / "book"
+CHAPTERS = ["elbo", "mnist-mlp"]
+SETUP = "elbo"  # the chapter whose first cell is everybody's
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, BOOK / "_scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def chapter(name):
+    return nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+
+
+def prose(name):
+    return "\n".join(cell.source for cell in chapter(name).cells if cell.cell_type == "markdown")
+
+
+def code_cells(name):
+    return [cell for cell in chapter(name).cells if cell.cell_type == "code"]
+
+
+def test_every_labelled_equation_has_a_function_and_a_test():
+    rows, holes = load_script("equations").table()
+    assert holes == []
+    assert len(rows) >= 18
+
+
+def test_no_display_equation_with_a_number_escapes_the_table():
+    found = load_script("equations").labels_in
+    for name in CHAPTERS:
+        text = prose(name)
+        labelled = len(re.findall(r"^\$\$ \(", text, re.MULTILINE))
+        fences = len(re.findall(r"^\$\$", text, re.MULTILINE))
+        assert fences == 2 * labelled  # each display equation opens with a bare $$ and closes with $$ (label)
+        assert len(found(BOOK / f"{name}.ipynb")) == labelled
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_numbered_equation_is_followed_by_a_cell_that_computes(name):
+    cells = chapter(name).cells
+    for place, cell in enumerate(cells):
+        if cell.cell_type == "markdown" and re.search(r"^\$\$ \(", cell.source, re.MULTILINE):
+            assert len(re.findall(r"^\$\$ \(", cell.source, re.MULTILINE)) == 1, cell.id
+            assert cells[place + 1].cell_type == "code", cell.id
+
+
+TRACE = re.compile(
+    r"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<unit>[^<\n]{0,24})<!-- (?P<file>[a-z0-9-]+):(?P<path>[^ ]+)(?: \* (?P<factor>[\d.]+))? -->"
+)
+
+
+def value_at(record, path):
+    for key in path.split("/"):
+        record = record[key]
+    return record
+
+
+def traced_numbers():
+    for name in CHAPTERS:
+        for match in TRACE.finditer(prose(name)):
+            yield pytest.param(match.groupdict(), id=f"{name}:{match['path']}")
+
+
+@pytest.mark.parametrize("trace", traced_numbers())
+def test_a_quoted_number_is_the_one_in_the_ledger(trace):
+    record = json.loads((ROOT / "results" / f"{trace['file']}.json").read_text())
+    number = trace["number"].replace("−", "-").replace(",", "")
+    decimals = len(number.partition(".")[2])
+    measured = float(value_at(record, trace["path"])) * float(trace["factor"] or 1)
+    assert abs(float(number) - measured) <= 0.5 * 10**-decimals + 1e-9, f"quoted {number}, measured {measured}"
+
+
+def test_numbers_in_nats_are_traced():
+    """In the chapter whose numbers come from a long run, each measured number of nats bears its source."""
+    loose = []
+    for sentence in re.split(r"(?<=[.!?])\s+|\n", prose("mnist-mlp")):
+        for match in re.finditer(r"[-−]?\d[\d,]*\.\d+ nats", sentence):
+            if "<!--" not in sentence[match.end() : match.end() + 6]:
+                loose.append(sentence)
+    assert loose == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_a_chapter_has_its_parts(name):
+    text = prose(name)
+    for part in ("**Objectives.**", "**Prerequisites.**", "**Run time.**", "## Exercises", "## Summary", "## References"):
+        assert part in text, part
+    exercises = re.findall(r":::\{exercise\}\n:label: (\S+)", text)
+    solutions = re.findall(r":::\{solution-start\} (\S+)\n:class: dropdown", text)
+    assert len(exercises) >= 4
+    assert exercises == solutions
+    cells = chapter(name).cells
+    for place, cell in enumerate(cells):
+        if cell.cell_type == "markdown" and "{solution-start}" in cell.source:
+            assert cells[place + 1].cell_type == "code"  # a solution runs
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_figures_have_caption_label_and_words(name):
+    alts = []
+    for cell in code_cells(name):
+        if any("image/png" in output.get("data", {}) for output in cell.outputs):
+            shown = cell.metadata["mystnb"]
+            assert shown["figure"]["name"].startswith("fig-")
+            assert len(shown["figure"]["caption"]) > 40
+            alts.append(shown["image"]["alt"])
+            assert sum("image/png" in output.get("data", {}) for output in cell.outputs) == 1, cell.id
+    assert len(alts) >= 5
+    assert len(set(alts)) == len(alts)
+    assert all(len(alt) > 40 for alt in alts)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_committed_outputs_are_whole_and_clean(name):
+    notebook = chapter(name)
+    assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    for cell in code_cells(name):
+        assert cell.execution_count is not None, cell.id
+        for output in cell.outputs:
+            assert output.output_type != "error"
+            assert not (output.output_type == "stream" and output.name == "stderr"), output.text
+            assert "/root" not in str(output)
+            assert str(ROOT) not in str(output)
+
+
+def test_all_chapters_start_with_the_same_lines():
+    first = {name: code_cells(name)[0].source for name in CHAPTERS}
+    assert len(set(first.values())) == 1
+    assert 'FAST = bool(os.environ.get("VAELIB_FAST"))' in first[SETUP]
+    for name in CHAPTERS:
+        assert "VAELIB_" not in "\n".join(cell.source for cell in code_cells(name)[1:])  # no other switch inside a chapter
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    texts = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "CITATION.cff", BOOK / "intro.md")}
+    texts |= {name: code_cells(name)[0].source for name in CHAPTERS}
+    for name, text in texts.items():
+        used = set(re.findall(r"https://github\.com/[\w-]+/[\w-]+", text))
+        assert used == {address}, name
+
+
+def test_every_run_in_the_ledger_says_what_ran_and_on_what():
+    records = [json.loads(path.read_text()) for path in (ROOT / "results").glob("*.json")]
+    entries = []
+    for record in records:
+        entries += [record] if "command" in record else list(record.values())
+    assert len(entries) >= 3
+    for entry in entries:
+        assert {"command", "seed", "commit", "date", "versions", "hardware", "seconds", "metrics"} <= set(entry)
+        assert entry["seconds"] > 0
+
+
+def test_no_chapter_defines_what_the_library_has():
+    public = set(__import__("vaelib").__all__)
+    for name in CHAPTERS:
+        for cell in code_cells(name):
+            tree = ast.parse(re.sub(r"^\s*%.*$", "    pass", cell.source, flags=re.MULTILINE))
+            defined = {node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+            assert not defined & public, defined & public
+
+
+def test_citations_are_in_the_bibliography():
+    known = set(re.findall(r"^@\w+\{([^,]+),", (BOOK / "references.bib").read_text(), re.MULTILINE))
+    cited = {key for name in CHAPTERS for keys in re.findall(r"\{cite\}`([^`]+)`", prose(name)) for key in keys.split(",")}
+    assert cited <= known
+    assert known == cited  # and nothing in it goes uncited
