@@ -59,19 +59,16 @@ class DataNotFoundError(FileNotFoundError, ValueError):
 class ImageSet:
     """Images with their labels, all on one device.
 
-    Attributes
-    ----------
-    pixels : uint8 tensor (N, C, H, W), values 0..255.
-    labels : int64 tensor (N,).
-    classes : the name of each label.
-    name : where the images come from, for messages and records.
-    factors : float tensor (N, F), the factors that generated each image (`shapes` only), else None.
-    factor_names : the name of each factor.
+    Attributes:
+        pixels: uint8 tensor (N, C, H, W), values 0..255.
+        labels: int64 tensor (N,).
+        classes: the name of each label.
+        name: where the images come from, for messages and records.
+        factors: float tensor (N, F), the factors that generated each image (`shapes` only), else None.
+        factor_names: the name of each factor.
 
-    Raises
-    ------
-    ValueError
-        If pixels or labels have another dtype or shape, or there is no image.
+    Raises:
+        ValueError: If pixels or labels have another dtype or shape, or there is no image.
     """
 
     pixels: Tensor
@@ -120,21 +117,17 @@ def data_folder() -> Path:
 def load_images(name: str, split: str = "train", root: str | Path | None = None, download: bool = True) -> ImageSet:
     """A named image set as one ``uint8`` tensor.
 
-    Parameters
-    ----------
-    name : ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` (read from `root`, fetched through torchvision where they are missing);
-        ``"digits"`` (1797 real handwritten digits that scikit-learn ships, enlarged from 8x8 to 28x28);
-        ``"shapes"`` (drawn: 32x32 RGB, with the factors that generated each image).
-    split : ``"train"`` or ``"test"``. For a validation set cut one off the training split: `train_valid_split`.
-    root : the folder of the real data sets; default `data_folder()`.
-    download : whether a missing set may be fetched.
+    Args:
+        name: ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` (read from `root`, fetched through torchvision where they are missing);
+            ``"digits"`` (1797 real handwritten digits that scikit-learn ships, enlarged from 8x8 to 28x28);
+            ``"shapes"`` (drawn: 32x32 RGB, with the factors that generated each image).
+        split: ``"train"`` or ``"test"``. For a validation set cut one off the training split: `train_valid_split`.
+        root: the folder of the real data sets; default `data_folder()`.
+        download: whether a missing set may be fetched.
 
-    Raises
-    ------
-    ValueError
-        For an unknown name or split, and for a truncated or corrupted file.
-    DataNotFoundError
-        If the set is missing and could not be fetched (a ValueError and a FileNotFoundError). There is no silent fallback.
+    Raises:
+        ValueError: For an unknown name or split, and for a truncated or corrupted file.
+        DataNotFoundError: If the set is missing and could not be fetched (a ValueError and a FileNotFoundError). There is no silent fallback.
     """
     check_choice("name", name, NAMES)
     check_choice("split", split, ("train", "test"))
@@ -150,10 +143,8 @@ def load_images(name: str, split: str = "train", root: str | Path | None = None,
 def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple[ImageSet, ImageSet]:
     """Hold `valid_size` images out for validation, chosen by `seed`; the same seed gives the same two sets.
 
-    Raises
-    ------
-    ValueError
-        If `valid_size` leaves no image on either side.
+    Raises:
+        ValueError: If `valid_size` leaves no image on either side.
     """
     check_int("valid_size", valid_size)
     if valid_size >= len(images):

@@ -18,15 +18,19 @@ from vaelib.vae import VAE, evaluating, heldout_elbo, observations
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over a held-out set, in nats per image; `standard_error`s are over images.
+    """Means over a held-out set, in nats per image; standard errors are over images.
 
-    Attributes
-    ----------
-    elbo, expected_log_likelihood, kl : the ELBO and its two terms (minus the distortion, and the rate).
-    bits_per_dim : of the ELBO; None where x is continuous.
-    log_likelihood : importance-weighted estimate of log p(x) from `num_samples` draws; None where it was not asked for.
-    num_images, elbo_samples, num_samples, seed : how it was measured.
-    normalized : False if the model's score is no likelihood: then `elbo` bounds nothing.
+    Attributes:
+        elbo: the mean ELBO; `elbo_standard_error` its standard error.
+        expected_log_likelihood: its likelihood term, minus the distortion.
+        kl: its KL term, the rate.
+        bits_per_dim: of the ELBO; None where x is continuous.
+        log_likelihood: importance-weighted estimate of log p(x) from `num_samples` draws; None where it was not asked for.
+        num_images: how many images it was measured on.
+        elbo_samples: draws of z per image for the ELBO.
+        num_samples: draws of z per image for `log_likelihood`.
+        seed: of the noise.
+        normalized: False if the model's score is no likelihood: then `elbo` bounds nothing.
     """
 
     elbo: float
@@ -57,12 +61,11 @@ def evaluate(
 ) -> Evaluation:
     """The held-out ELBO with its terms and, with `num_samples` above 0, the importance-weighted log-likelihood.
 
-    Parameters
-    ----------
-    images : the held-out set.
-    num_samples : draws per image for the importance-weighted estimate (the field reports 5000); 0 leaves it out.
-    elbo_samples : draws per image for the ELBO.
-    batch_size : images per chunk; the result does not depend on it.
+    Args:
+        images: the held-out set.
+        num_samples: draws per image for the importance-weighted estimate (the field reports 5000); 0 leaves it out.
+        elbo_samples: draws per image for the ELBO.
+        batch_size: images per chunk; the result does not depend on it.
     """
     check_int("num_samples", num_samples, minimum=0)
     terms = heldout_elbo(model, images, elbo_samples, batch_size, seed)
@@ -93,10 +96,8 @@ def log_likelihood(
     Memory is bounded: batch_size * sample_batch codes are decoded at once. The result depends on neither number, nor on the
     order of the images. Burda, Grosse and Salakhutdinov 2016.
 
-    Raises
-    ------
-    ValueError
-        If the model's score is no likelihood.
+    Raises:
+        ValueError: If the model's score is no likelihood.
     """
     check_int("num_samples", num_samples)
     check_int("sample_batch", sample_batch)

@@ -18,10 +18,9 @@ def decode_pixels(model: VAE, z: Tensor) -> Tensor:
 def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
     """New images: z from the prior, decoded to the mean of p(x given z): (num_images, C, H, W) ``uint8``.
 
-    Parameters
-    ----------
-    temperature : factor on the prior's standard deviation; below 1 the samples are more typical and less varied.
-    seed : same seed, same images; None draws anew each time.
+    Args:
+        temperature: factor on the prior's standard deviation; below 1 the samples are more typical and less varied.
+        seed: same seed, same images; None draws anew each time.
     """
     check_int("num_images", num_images)
     check_number("temperature", temperature)
@@ -56,10 +55,8 @@ def latent_grid(model: VAE, side: int = 20, tail: float = 0.02) -> Tensor:
 
     Grid points are equal steps of the prior's probability from `tail` to 1 - `tail`, so that each cell stands for the same mass.
 
-    Raises
-    ------
-    ValueError
-        Unless the model's latent space has two dimensions.
+    Raises:
+        ValueError: Unless the model's latent space has two dimensions.
     """
     check_int("side", side, minimum=2)
     if model.latent_dim != 2:

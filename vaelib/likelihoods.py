@@ -20,13 +20,13 @@ from vaelib._validation import check_choice, check_int, check_number, check_obse
 class Likelihood(nn.Module):
     """What every likelihood offers; a new one defines `observe`, `log_prob`, `mean`, `sample` and `to_pixels`.
 
-    Attributes
-    ----------
-    params_per_value : how many numbers the decoder gives per pixel and channel.
-    lowest, highest : the range of x.
-    values : how many values x can take (2 or 256); None where x is continuous, so that bits/dim has no meaning.
-    normalized : False only for scores that are no likelihood at all.
-    config : the keyword arguments that build it again, with its ``name``.
+    Attributes:
+        params_per_value: how many numbers the decoder gives per pixel and channel.
+        lowest: the smallest x that `observe` gives.
+        highest: the largest.
+        values: how many values x can take (2 or 256); None where x is continuous, so that bits/dim has no meaning.
+        normalized: False only for scores that are no likelihood at all.
+        config: the keyword arguments that build it again, with its ``name``.
     """
 
     params_per_value = 1
@@ -85,10 +85,9 @@ class Likelihood(nn.Module):
 class Bernoulli(Likelihood):
     """Binary pixels; params are logits. eq. bernoulli-log-prob
 
-    Parameters
-    ----------
-    binarize : ``"sample"``: x = 1 with probability pixel / 255, drawn anew at each call (dynamic binarization, the field's
-        custom for MNIST since Salakhutdinov and Murray 2008); ``"threshold"``: x = 1 where the pixel is at least 128.
+    Args:
+        binarize: ``"sample"``: x = 1 with probability pixel / 255, drawn anew at each call (dynamic binarization, the field's
+            custom for MNIST since Salakhutdinov and Murray 2008); ``"threshold"``: x = 1 where the pixel is at least 128.
     """
 
     def __init__(self, binarize: str = "sample") -> None:
@@ -156,10 +155,9 @@ class Gaussian(Likelihood):
     x lies in [-1, 1] as `observe` gives it. Wider x is accepted up to +-10 (draws of the model overshoot); more looks like
     pixels that were never scaled and is refused.
 
-    Parameters
-    ----------
-    scale : the standard deviation, in units of x (the start value where it is learned).
-    learned : whether `fit` learns it as one shared parameter (the "sigma-VAE" of Rybkin et al. 2021).
+    Args:
+        scale: the standard deviation, in units of x (the start value where it is learned).
+        learned: whether `fit` learns it as one shared parameter (the "sigma-VAE" of Rybkin et al. 2021).
     """
 
     lowest, highest = -1.0, 1.0
@@ -261,10 +259,8 @@ LIKELIHOODS = {
 def make_likelihood(spec: str | dict[str, Any] | Likelihood) -> Likelihood:
     """A likelihood from its name, from its config (``{"name": "gaussian", "scale": 0.1}``), or as it is.
 
-    Raises
-    ------
-    ValueError
-        For an unknown name (with the nearest one) or an argument that the likelihood does not have.
+    Raises:
+        ValueError: For an unknown name (with the nearest one) or an argument that the likelihood does not have.
     """
     if isinstance(spec, Likelihood):
         return spec
@@ -281,10 +277,8 @@ def make_likelihood(spec: str | dict[str, Any] | Likelihood) -> Likelihood:
 def bits_per_dim(log_prob: Tensor | float, num_dims: int, likelihood: Likelihood) -> Tensor | float:
     """Nats per image -> bits per dimension, -log_prob / (num_dims log 2). eq. bits-per-dim
 
-    Raises
-    ------
-    ValueError
-        If the likelihood is a density over real x, or no likelihood: then the number would have no meaning.
+    Raises:
+        ValueError: If the likelihood is a density over real x, or no likelihood: then the number would have no meaning.
     """
     check_int("num_dims", num_dims)
     if likelihood.values is None:

@@ -17,10 +17,9 @@ from vaelib._validation import check_number, check_same_shape, describe
 class ElboTerms(NamedTuple):
     """The two terms of the ELBO, apart, and their difference. eq. two-terms
 
-    Attributes
-    ----------
-    log_likelihood : E_q[log p(x given z)], (N,), nats; minus the distortion.
-    kl : KL(q(z given x) || p(z)), (N,), nats; the rate.
+    Attributes:
+        log_likelihood: E_q[log p(x given z)], (N,), nats; minus the distortion.
+        kl: KL(q(z given x) || p(z)), (N,), nats; the rate.
     """
 
     log_likelihood: Tensor
@@ -37,10 +36,8 @@ def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None = None,
 
     Without a prior it is the standard normal. Kingma and Welling 2014, appendix B.
 
-    Raises
-    ------
-    ValueError
-        If the shapes differ: nothing is broadcast.
+    Raises:
+        ValueError: If the shapes differ: nothing is broadcast.
     """
     prior_mean = torch.zeros_like(mean) if prior_mean is None else prior_mean
     prior_log_var = torch.zeros_like(log_var) if prior_log_var is None else prior_log_var
@@ -69,10 +66,8 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     log_weights[k] = log p(x, z_k) - log q(z_k given x), with z_k drawn from q. K = 1 is the one-sample ELBO; the bound rises
     with K towards log p(x). Burda, Grosse and Salakhutdinov 2016.
 
-    Raises
-    ------
-    ValueError
-        Unless log_weights has two axes and at least one sample.
+    Raises:
+        ValueError: Unless log_weights has two axes and at least one sample.
     """
     if log_weights.dim() != 2 or len(log_weights) == 0:
         raise ValueError(f"log_weights: got {describe(log_weights)}, expected shape (K, N) with K >= 1")

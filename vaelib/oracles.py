@@ -24,11 +24,10 @@ class LinearGaussian:
 
     Everything that a VAE estimates has a closed form here.
 
-    Parameters
-    ----------
-    weight : (D, L).
-    bias : (D,).
-    scale : standard deviation of x given z, above 0.
+    Args:
+        weight: (D, L).
+        bias: (D,).
+        scale: standard deviation of x given z, above 0.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, scale: float) -> None:

@@ -41,10 +41,8 @@ def write_text(path: Path, text: str) -> None:
 def save(model: VAE, path: str | Path) -> None:
     """Write the model to the folder `path`: ``model.safetensors`` and ``config.json``, each whole or not at all.
 
-    Raises
-    ------
-    ValueError
-        If the folder cannot be written, or the model was not built by a function of vaelib and so has no config.
+    Raises:
+        ValueError: If the folder cannot be written, or the model was not built by a function of vaelib and so has no config.
     """
     if model.config is None:
         raise ValueError("model: got a VAE without a config, expected one built by mlp_vae; save its state_dict() yourself")
@@ -65,10 +63,8 @@ def save(model: VAE, path: str | Path) -> None:
 def load(path: str | Path) -> VAE:
     """The model that `save` wrote to the folder `path`, on the CPU, in evaluation mode.
 
-    Raises
-    ------
-    ValueError
-        If a file is missing or broken, or the weights belong to another model.
+    Raises:
+        ValueError: If a file is missing or broken, or the weights belong to another model.
     """
     path = Path(path)
     for name in (CONFIG, WEIGHTS):

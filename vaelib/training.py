@@ -34,22 +34,22 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] -> fact
 class TrainConfig:
     """How to train; a bad value is refused here, before any work.
 
-    Attributes
-    ----------
-    epochs, batch_size : passes over the data; images per step (the last, smaller batch counts).
-    optimizer : the name of a class in `torch.optim`, or a function from parameters to an optimizer.
-    learning_rate : the highest learning rate.
-    optimizer_options : further arguments of the optimizer, such as ``{"momentum": 0.9}``.
-    schedule : ``"cosine"`` (to 0), ``"linear"`` (to 0), ``"constant"``, or a function from progress in [0, 1] to a factor.
-    warmup : share of the steps over which the learning rate rises linearly from 0.
-    clip_norm : the gradient's norm is cut to this; None leaves it alone.
-    beta : weight of the KL term; 1 is the ELBO.
-    kl_warmup_epochs : epochs over which beta rises linearly from 0.
-    num_samples : draws of z per image and step.
-    seed : of the order of the images, the binarization and the draws of z. (Seed the weights with `torch.manual_seed`.)
-    device : ``"auto"`` takes CUDA, else MPS, else the CPU; or any device of torch.
-    patience : stop after this many epochs without a better validation ELBO, and put the best weights back; None never stops.
-    progress : show a progress bar.
+    Attributes:
+        epochs: passes over the data.
+        batch_size: images per step; the last, smaller batch counts.
+        optimizer: the name of a class in `torch.optim`, or a function from parameters to an optimizer.
+        learning_rate: the highest learning rate.
+        optimizer_options: further arguments of the optimizer, such as ``{"momentum": 0.9}``.
+        schedule: ``"cosine"`` (to 0), ``"linear"`` (to 0), ``"constant"``, or a function from progress in [0, 1] to a factor.
+        warmup: share of the steps over which the learning rate rises linearly from 0.
+        clip_norm: the gradient's norm is cut to this; None leaves it alone.
+        beta: weight of the KL term; 1 is the ELBO.
+        kl_warmup_epochs: epochs over which beta rises linearly from 0.
+        num_samples: draws of z per image and step.
+        seed: of the order of the images, the binarization and the draws of z. (Seed the weights with `torch.manual_seed`.)
+        device: ``"auto"`` takes CUDA, else MPS, else the CPU; or any device of torch.
+        patience: stop after this many epochs without a better validation ELBO, and put the best weights back; None never stops.
+        progress: show a progress bar.
     """
 
     epochs: int = 20
@@ -98,11 +98,10 @@ class History(list[dict[str, float]]):
     weights moved, nats), ``valid_elbo``, ``valid_log_likelihood``, ``valid_kl`` (where a validation set was given),
     ``learning_rate`` and ``beta`` (at the epoch's last step), ``seconds``.
 
-    Attributes
-    ----------
-    stopped : ``"finished"``, ``"early stop"`` or ``"interrupted"``.
-    best_epoch : the epoch with the best validation ELBO, None without a validation set.
-    device : what it ran on.
+    Attributes:
+        stopped: ``"finished"``, ``"early stop"`` or ``"interrupted"``.
+        best_epoch: the epoch with the best validation ELBO, None without a validation set.
+        device: what it ran on.
     """
 
     stopped = "finished"
@@ -116,10 +115,8 @@ class History(list[dict[str, float]]):
 def choose_device(device: str | torch.device = "auto") -> torch.device:
     """``"auto"`` -> CUDA, else MPS, else CPU; any other name is checked.
 
-    Raises
-    ------
-    ValueError
-        If the device is unknown or not there.
+    Raises:
+        ValueError: If the device is unknown or not there.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if str(device) == "auto":
@@ -168,22 +165,18 @@ def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: Tra
     All images go to the device once; a minibatch is an index slice there, made the model's x by the likelihood. Ctrl-C ends the
     training, keeps what was learned and returns the history.
 
-    Parameters
-    ----------
-    model : changed in place.
-    images, valid : what to train on; what to compute the ELBO on after each epoch, with the same noise each time.
-    config : see `TrainConfig`.
+    Args:
+        model: changed in place.
+        images: what to train on.
+        valid: what to compute the ELBO on after each epoch, with the same noise each time.
+        config: see `TrainConfig`.
 
-    Returns
-    -------
-    History : a list with one dict per epoch.
+    Returns:
+        History : a list with one dict per epoch.
 
-    Raises
-    ------
-    ValueError
-        If images and model don't fit together, or the configuration asks for what is not there.
-    FloatingPointError
-        If the loss is no longer finite.
+    Raises:
+        ValueError: If images and model don't fit together, or the configuration asks for what is not there.
+        FloatingPointError: If the loss is no longer finite.
     """
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):

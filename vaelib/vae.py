@@ -38,14 +38,13 @@ def reparameterize(mean: Tensor, log_var: Tensor, eps: Tensor | None = None, gen
 class VAE(nn.Module):
     """p(x, z) = N(z; 0, I) p(x given z), with the amortized posterior q(z given x).
 
-    Parameters
-    ----------
-    encoder : module from x (N, C, H, W) to (mean, log_var), each (N, L).
-    decoder : module from z (N, L) to the likelihood's params (N, P*C, H, W).
-    likelihood : p(x given z), see `vaelib.likelihoods`.
-    image_shape : (C, H, W).
-    latent_dim : L.
-    config : what builds the model again (`mlp_vae` sets it); without it `save` refuses.
+    Args:
+        encoder: module from x (N, C, H, W) to (mean, log_var), each (N, L).
+        decoder: module from z (N, L) to the likelihood's params (N, P*C, H, W).
+        likelihood: p(x given z), see `vaelib.likelihoods`.
+        image_shape: (C, H, W).
+        latent_dim: L.
+        config: what builds the model again (`mlp_vae` sets it); without it `save` refuses.
     """
 
     def __init__(
@@ -89,16 +88,14 @@ class VAE(nn.Module):
     ) -> ElboTerms:
         """The ELBO of each image: Monte Carlo over z for the likelihood, closed form for the KL. eq. monte-carlo-elbo
 
-        Parameters
-        ----------
-        x : (N, C, H, W), as `likelihood.observe` gives it.
-        num_samples : K, draws of z per image, averaged.
-        eps : the standard normal noise (K, N, L); drawn from `generator` where it is not given.
-        validate : whether the values of x are checked (NaN, range); shapes always are.
+        Args:
+            x: (N, C, H, W), as `likelihood.observe` gives it.
+            num_samples: K, draws of z per image, averaged.
+            eps: the standard normal noise (K, N, L); drawn from `generator` where it is not given.
+            validate: whether the values of x are checked (NaN, range); shapes always are.
 
-        Returns
-        -------
-        ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats.
+        Returns:
+            ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats.
         """
         mean, log_var = self.encode(x)
         z = self._draw(mean, log_var, num_samples, eps, generator)
@@ -178,11 +175,10 @@ def heldout_elbo(model: VAE, images: ImageSet | Tensor, num_samples: int = 1, ba
     Binarization and z come from noise that belongs to each image (`vaelib.noise`): the result depends on `seed`, but neither on
     the batch size nor on the order of the images.
 
-    Parameters
-    ----------
-    images : an `ImageSet` or ``uint8`` pixels (N, C, H, W).
-    num_samples : draws of z per image.
-    batch_size : images per chunk; num_samples * batch_size codes are decoded at once.
+    Args:
+        images: an `ImageSet` or ``uint8`` pixels (N, C, H, W).
+        num_samples: draws of z per image.
+        batch_size: images per chunk; num_samples * batch_size codes are decoded at once.
     """
     pixels = images.pixels if isinstance(images, ImageSet) else images
     check_int("num_samples", num_samples)
@@ -205,13 +201,12 @@ def mlp_vae(
 ) -> VAE:
     """A VAE of fully connected layers; the decoder mirrors the encoder.
 
-    Parameters
-    ----------
-    image_shape : (C, H, W).
-    hidden_dims : sizes of the encoder's hidden layers; () makes encoder and decoder linear.
-    latent_dim : size of z.
-    likelihood : a name, a config or a `Likelihood`.
-    activation : ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
+    Args:
+        image_shape: (C, H, W).
+        hidden_dims: sizes of the encoder's hidden layers; () makes encoder and decoder linear.
+        latent_dim: size of z.
+        likelihood: a name, a config or a `Likelihood`.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
     """
     likelihood = make_likelihood(likelihood)
     if isinstance(hidden_dims, (str, int)):
