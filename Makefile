@@ -7,12 +7,13 @@ ONE_THREAD := OMP_NUM_THREADS=1
 CHAPTERS_STRICT := book/elbo.ipynb
 CHAPTERS_LAX := book/mnist-mlp.ipynb
 
-.PHONY: help setup test test-unit test-notebooks test-real book execute equations mutants lint benchmark clean
+.PHONY: help setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help:
 	@echo "make book       render the book to _build/html/index.html"
 	@echo "make test       unit tests and every notebook, fast tier, no network"
 	@echo "make test-real  tests on the real data sets in \$$VAELIB_DATA"
+	@echo "make test-book  tests on the rendered pages"
 	@echo "make execute    re-run the notebooks on real data and store their outputs and results"
 	@echo "make equations  table: labelled equation -> function -> test"
 	@echo "make mutants    break the loss in every way; list what no test notices"
@@ -41,6 +42,9 @@ test-real: $(READY)
 book: $(READY)
 	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going --quiet
 	@echo "The book: _build/html/index.html"
+
+test-book: $(READY)
+	$(BIN)/python -m pytest tests/test_built_book.py
 
 execute: $(READY)
 	$(BIN)/python book/_scripts/execute.py $(CHAPTERS_STRICT) $(CHAPTERS_LAX)

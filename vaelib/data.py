@@ -127,7 +127,8 @@ def load_images(name: str, split: str = "train", root: str | Path | None = None,
 
     Raises:
         ValueError: For an unknown name or split, and for a truncated or corrupted file.
-        DataNotFoundError: If the set is missing and could not be fetched (a ValueError and a FileNotFoundError). There is no silent fallback.
+        DataNotFoundError: If the set is missing and could not be fetched; it is a ValueError and a FileNotFoundError.
+            There is no silent fallback.
     """
     check_choice("name", name, NAMES)
     check_choice("split", split, ("train", "test"))

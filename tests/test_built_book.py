@@ -1,0 +1,71 @@
+"""The rendered pages, where they were built (`make book`): alt texts, links, Colab buttons, nothing fetched from elsewhere."""
+
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parent.parent
+HTML = ROOT / "_build" / "html"
+PAGES = ["intro", "elbo", "mnist-mlp", "notation", "api", "references"]
+CHAPTERS = ["elbo", "mnist-mlp"]
+
+pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the book is not built: run make book first")
+
+
+def page(name):
+    return BeautifulSoup((HTML / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_images_have_alt_texts_that_are_no_paths(name):
+    images = page(name).select("article img")
+    alts = [image.get("alt", "") for image in images]
+    assert all(len(alt) > 40 and "/" not in alt[:20] and not alt.endswith(".png") for alt in alts), alts
+    assert len(set(alts)) == len(alts)
+    if name in CHAPTERS:
+        assert len(images) >= 5
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_internal_links_and_anchors_resolve(name):
+    broken = []
+    for link in page(name).select("article a[href]"):
+        address = urlparse(link["href"])
+        if address.scheme or address.netloc:
+            continue
+        target = HTML / unquote(address.path) if address.path else HTML / f"{name}.html"
+        if not target.exists():
+            broken.append(link["href"])
+        elif address.fragment and target.suffix == ".html":
+            text = target.read_text(encoding="utf-8")
+            if f'id="{unquote(address.fragment)}"' not in text:
+                broken.append(link["href"])
+    assert broken == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_loads_nothing_from_another_host(name):
+    soup = page(name)
+    loaded = [tag.get("src") or tag.get("href") for tag in soup.select("script[src], link[rel=stylesheet], img[src], iframe[src]")]
+    assert [address for address in loaded if urlparse(address).netloc] == []
+    assert soup.select_one('script[src*="tex-svg-full.js"]') or not soup.select(".math")
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_the_colab_button_opens_this_chapter(name):
+    repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
+    owner = repository["url"].removeprefix("https://github.com/")
+    buttons = [link["href"] for link in page(name).select('a[href*="colab.research.google.com"]')]
+    assert buttons == [f"https://colab.research.google.com/github/{owner}/blob/{repository['branch']}/book/{name}.ipynb"]
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_solutions_are_folded_and_equations_numbered(name):
+    soup = page(name)
+    assert len(soup.select("div.solution.dropdown")) >= 4
+    assert len(soup.select("span.eqno")) >= 1
+    assert "system-message" not in str(soup)
+    assert not soup.find(string=lambda text: text and ("{eq}`" in text or "{numref}`" in text or "{cite}`" in text))
