@@ -107,3 +107,24 @@ def test_figures_hold_what_their_axes_say(trained, digits):
     codes = torch.randn(1500, 2, generator=torch.Generator().manual_seed(0))
     ax = latent_scatter(codes, digits.labels, digits.classes).axes[0]
     assert sorted(text.get_text() for text in ax.texts) == list("0123456789")
+
+
+def test_figures_of_the_library_show_at_the_end_of_every_notebook_cell():
+    import nbformat
+    from nbclient import NotebookClient
+
+    first = "import torch, vaelib; pixels = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)"
+    cells = [first, *["vaelib.plotting.show_images(pixels);"] * 3]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, kernel_name="python3").execute()
+    shown = [sum("image/png" in output.get("data", {}) for output in cell.outputs) for cell in notebook.cells]
+    assert shown == [0, 1, 1, 1]
+
+
+def test_the_style_of_one_figure_leaves_the_reader_s_settings_alone():
+    import matplotlib.pyplot as plt
+
+    before = dict(plt.rcParams)
+    tile_figure = show_images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
+    plt.close(tile_figure)
+    assert dict(plt.rcParams) == before

@@ -36,9 +36,17 @@ STYLE = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The book's matplotlib style, for one figure."""
-    with plt.rc_context(STYLE):
+    """The book's matplotlib style, for one figure.
+
+    Only these settings are put back afterwards: `plt.rc_context` would also undo the interactive mode that a notebook's backend
+    switches on when the first figure is made, and no later figure would show.
+    """
+    before = {key: plt.rcParams[key] for key in STYLE}
+    plt.rcParams.update(STYLE)
+    try:
         yield
+    finally:
+        plt.rcParams.update(before)
 
 
 def use_style() -> None:
