@@ -61,7 +61,7 @@ def test_every_numbered_equation_is_followed_by_a_cell_that_computes(name):
 
 
 TRACE = re.compile(
-    r"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<unit>[^<\n]{0,24})<!-- (?P<file>[a-z0-9-]+):(?P<path>[^ ]+)(?: \* (?P<factor>[\d.]+))? -->"
+    r"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<unit>[^<\n\d]{0,24})<!-- (?P<file>[a-z0-9-]+):(?P<path>[^*>]+?)(?: \* (?P<factor>[\d.]+))? -->"
 )
 
 
@@ -77,7 +77,14 @@ def traced_numbers():
             yield pytest.param(match.groupdict(), id=f"{name}:{match['path']}")
 
 
-@pytest.mark.parametrize("trace", traced_numbers())
+def test_every_source_of_a_number_is_read():
+    for name in CHAPTERS:
+        comments = re.findall(r"<!-- .*?-->", prose(name))
+        assert len(comments) == len(TRACE.findall(prose(name)))
+    assert len(list(traced_numbers())) >= 20
+
+
+@pytest.mark.parametrize("trace", list(traced_numbers()))
 def test_a_quoted_number_is_the_one_in_the_ledger(trace):
     record = json.loads((ROOT / "results" / f"{trace['file']}.json").read_text())
     number = trace["number"].replace("−", "-").replace(",", "")
