@@ -167,7 +167,7 @@ def log_probs_of_all_values(likelihood, params):
 
 
 @pytest.mark.parametrize("likelihood", [Bernoulli(), DiscretizedLogistic()], ids=["bernoulli", "discretized_logistic"])
-@pytest.mark.parametrize("first", [-0.95, 0.3])
+@pytest.mark.parametrize("first", [-0.95, 0.3, 0.97])
 def test_samples_have_the_probabilities_of_log_prob(likelihood, first, generator):
     params = torch.tensor([first, -3.0][: likelihood.params_per_value]).view(1, -1, 1, 1)
     values, log_probs = log_probs_of_all_values(likelihood, params)
@@ -178,6 +178,25 @@ def test_samples_have_the_probabilities_of_log_prob(likelihood, first, generator
     p = log_probs.exp()
     assert ((share - p).abs() <= 5 * (p * (1 - p) / len(draws)).sqrt() + 1e-4).all()
     assert likelihood.mean(params).item() == pytest.approx(draws.mean().item(), abs=5 * draws.std().item() / 200)
+
+
+def test_a_sample_is_the_location_plus_the_scale_times_the_noise_of_the_generator():
+    params = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    seeded = lambda: torch.Generator().manual_seed(2)  # noqa: E731
+    noise = torch.randn(3, 2, 4, 4, generator=seeded(), dtype=torch.float64)
+    torch.testing.assert_close(Gaussian(0.5).sample(params, seeded()), params + 0.5 * noise)
+    u = torch.rand(3, 1, 4, 4, generator=seeded(), dtype=torch.float64)
+    continuous = params[:, :1] + params[:, 1:].exp() * torch.logit(u)
+    levels = ((continuous + 1) * 127.5).round().clamp(0, 255)
+    torch.testing.assert_close(DiscretizedLogistic().sample(params, seeded()), levels / 127.5 - 1)
+    expected = torch.bernoulli(params.sigmoid(), generator=seeded())
+    assert torch.equal(Bernoulli().sample(params, seeded()), expected)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "discretized_logistic"])
+def test_samples_are_drawn_on_the_device_of_the_params(name):
+    likelihood = make_likelihood(name).to("meta")
+    assert likelihood.sample(torch.zeros(2, 2, 3, 3, device="meta")).device.type == "meta"
 
 
 def test_gaussian_samples_have_its_mean_and_scale(generator):
@@ -249,11 +268,14 @@ def test_a_wrong_x_is_refused_with_its_name(name):
     pixels = torch.full((2, 1, 4, 4), 200, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"x: got a uint8 tensor .* call likelihood.observe\(pixels\) first"):
         likelihood.log_prob(pixels, params)
-    with pytest.raises(ValueError, match=r"x: got .*likelihood.observe\(pixels\) scales uint8 pixels"):
+    with pytest.raises(ValueError, match=r"^x: got .*[; ]likelihood.observe\(pixels\) scales uint8 pixels$"):
         likelihood.log_prob(pixels.float(), params)
-    with pytest.raises(ValueError, match=r"x: got NaN"):
+    no_number = "^x: got NaN, expected finite values$"
+    if name == "gaussian":
+        no_number = r"^x: got NaN or values beyond \+-10, expected x on .*; likelihood.observe\(pixels\) scales uint8 pixels$"
+    with pytest.raises(ValueError, match=no_number):
         likelihood.log_prob(torch.full_like(x, math.nan), params)
-    with pytest.raises(ValueError, match=r"x: got NaN"):
+    with pytest.raises(ValueError, match=r"^x: got NaN"):
         likelihood.log_prob(torch.cat([x[:1], torch.full_like(x[:1], math.nan)]), params)
     with pytest.raises(ValueError, match=r"params: got a float32 tensor of shape .*, expected shape \(2, "):
         likelihood.log_prob(x, params[:1])
@@ -265,7 +287,12 @@ def test_a_wrong_x_is_refused_with_its_name(name):
         likelihood.log_prob(x[:, 0], params)
     with pytest.raises(ValueError, match=r"x: got an? int64 tensor of shape .*, expected a floating-point tensor"):
         likelihood.log_prob(x.long(), params)
-    assert likelihood.log_prob(x * 3, params, validate=False).shape == (2,)  # only the values go unchecked
+    assert likelihood.log_prob(x * 300, params, validate=False).shape == (2,)  # only the values go unchecked
+    colour = x.expand(2, 3, 4, 4)
+    with pytest.raises(
+        ValueError, match=rf"^params: .*, expected shape \(2, {3 * likelihood.params_per_value}, 4, 4\) for x of shape"
+    ):
+        likelihood.log_prob(colour, params)
     with pytest.raises(ValueError, match="params"):
         likelihood.log_prob(x, params[:1], validate=False)
 
@@ -284,7 +311,10 @@ def test_values_on_the_border_of_the_range_pass_and_values_beyond_do_not(name):
 
 def test_bernoulli_refuses_grey_values():
     x = torch.tensor([0.0, 0.5, 1.0]).view(1, 1, 1, 3)
-    with pytest.raises(ValueError, match="x: got values between 0 and 1, expected only 0 and 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"^x: got values between 0 and 1, expected only 0 and 1; likelihood.observe\(pixels\) binarizes uint8 pixels$",
+    ):
         Bernoulli().log_prob(x, torch.zeros_like(x))
     assert GreyBCENotALikelihood().log_prob(x, torch.zeros_like(x)).item() == pytest.approx(-3 * math.log(2))
 
@@ -303,6 +333,9 @@ def test_an_unknown_likelihood_is_answered_with_the_nearest_name():
         make_likelihood("bernouli")
     with pytest.raises(ValueError, match=r"likelihood: got arguments \{'sigma': 1\}, which 'gaussian' does not take"):
         make_likelihood({"name": "gaussian", "sigma": 1})
+    with pytest.raises(ValueError, match="likelihood: got None, expected one of"):
+        make_likelihood({"scale": 1.0})
+    assert Gaussian().config == {"name": "gaussian", "scale": 1.0, "learned": False}
     for scale in (0, -1.0, math.nan, "1"):
         with pytest.raises(ValueError, match="scale: got .*, expected a finite number above 0"):
             Gaussian(scale)

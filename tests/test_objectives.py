@@ -50,6 +50,11 @@ def test_gaussian_kl_matches_monte_carlo(generator):
     assert ((gaussian_kl(mean, log_var) - ratio.mean(0)).abs() < 4 * error).all()
 
 
+def test_gaussian_kl_sums_over_the_last_axis_only():
+    mean, log_var = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
+    assert torch.equal(gaussian_kl(mean, log_var), torch.full((2, 3), 2.0))
+
+
 def test_gaussian_kl_of_the_prior_itself_is_zero():
     assert gaussian_kl(torch.zeros(2, 3), torch.zeros(2, 3)).tolist() == [0, 0]
 

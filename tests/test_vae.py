@@ -43,9 +43,20 @@ def test_reparameterize_draws_from_its_generator_in_the_dtype_of_the_mean():
     zeros = torch.zeros(2, 3, dtype=torch.float64)
     draws = [reparameterize(zeros, zeros, generator=torch.Generator().manual_seed(1)) for _ in range(2)]
     assert torch.equal(*draws)
-    assert draws[0].dtype == torch.float64
+    assert torch.equal(draws[0], torch.randn(2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
     torch.manual_seed(1)
     assert torch.equal(reparameterize(zeros, zeros), draws[0])
+
+
+def test_noise_is_drawn_on_the_device_of_the_mean():
+    nowhere = torch.zeros(2, 3, device="meta")
+    assert reparameterize(nowhere, nowhere).device.type == "meta"
+
+
+def test_observations_are_made_on_the_device_of_the_model(small_vae, digits):
+    x, keys = next(vaelib.vae.observations(small_vae.to("meta"), digits.pixels[:5], 3, 0))
+    assert x.device.type == keys.device.type == "meta"
+    assert x.shape == (3, 1, 28, 28)
 
 
 def test_encode_is_deterministic(small_vae, digits):
@@ -136,10 +147,12 @@ def test_elbo_refuses_what_is_not_x(small_vae, x, message):
 def test_wrong_codes_noise_and_sample_counts_are_refused(small_vae, digits):
     x = small_vae.likelihood.observe(digits.pixels[:2])
     for z in (torch.zeros(2, 5), torch.zeros(4), torch.zeros(1, 2, 4)):
-        with pytest.raises(ValueError, match=r"z: got .*, expected shape \(N, 4\)"):
+        with pytest.raises(ValueError, match=r"^z: got a float32 tensor of shape .*, expected shape \(N, 4\)$"):
             small_vae.decode(z)
     for eps in (torch.zeros(2, 4), torch.zeros(2, 2, 4), torch.zeros(1, 2, 3)):
-        with pytest.raises(ValueError, match=r"eps: got .*, expected shape \(1, 2, 4\), \(num_samples, N, latent_dim\)"):
+        with pytest.raises(
+            ValueError, match=r"^eps: got a float32 tensor of shape .*, expected shape \(1, 2, 4\), \(num_samples, N, latent_dim\)$"
+        ):
             small_vae.elbo(x, 1, eps)
     for count in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="num_samples: got .*, expected an integer of at least 1"):

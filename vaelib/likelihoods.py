@@ -60,7 +60,7 @@ class Likelihood(nn.Module):
         """One draw of x: (N, C, H, W)."""
         raise NotImplementedError
 
-    def check(self, x: Tensor, params: Tensor, validate: bool = True) -> None:
+    def check(self, x: Tensor, params: Tensor, validate: bool) -> None:
         """ValueError unless x and params fit together; with `validate` the values of x are looked at too (NaN, range)."""
         check_observation("x", x)
         n, channels, *size = x.shape
@@ -73,7 +73,7 @@ class Likelihood(nn.Module):
     def check_values(self, x: Tensor) -> None:
         """ValueError where x holds a NaN or lies outside [lowest, highest]."""
         low, high = (value.item() for value in x.detach().aminmax())
-        if math.isnan(low) or math.isnan(high):
+        if math.isnan(low):  # aminmax gives NaN twice where there is one
             raise ValueError("x: got NaN, expected finite values")
         if low < self.lowest or high > self.highest:
             raise ValueError(
@@ -105,7 +105,7 @@ class Bernoulli(Likelihood):
         if uniform is not None:
             return (uniform < pixels / 255).float()
         # A whole number uniform on 0..254 is below the pixel with probability pixel / 255 exactly: one byte a draw, no float.
-        draws = torch.empty_like(pixels).random_(0, 255, generator=generator)
+        draws = torch.empty_like(pixels).random_(255, generator=generator)
         return (draws < pixels).float()
 
     def log_prob(self, x: Tensor, params: Tensor, validate: bool = True) -> Tensor:
