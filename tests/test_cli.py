@@ -70,7 +70,10 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     (("evaluate", "{tmp}/nothing"), "expected a folder written by vaelib.save"),
     (("sample", "{run}", "--temperature", "-1"), "temperature: got float -1.0"),
     (("sample", "{run}", "--out", "{tmp}/file/a.png"), "out: got"),
-    (("sample", "{run}", "--out", "{tmp}/samples.txt"), "expected the name of an image file"),
+    (("sample", "{run}", "--out", "{tmp}/new/samples.txt"), "expected the name of an image file"),
+    (("sample", "{run}", "--out", "{tmp}/new/samples.psd"), "expected the name of an image file"),
+    (("evaluate", "{run}", "--device", "meta"), "device: got 'meta'"),
+    (("train", "--data", "digits", "--hidden", "1000000000000", "--out", "{tmp}/x"), "memory"),
 ])  # fmt: skip
 def test_bad_input_ends_with_one_line_and_status_2(arguments, message, run_folder, vaelib_command, tmp_path):
     (tmp_path / "file").write_text("precious")
@@ -81,7 +84,7 @@ def test_bad_input_ends_with_one_line_and_status_2(arguments, message, run_folde
     assert message in done.stderr
     assert done.stdout == ""
     assert (tmp_path / "file").read_text() == "precious"
-    assert not (tmp_path / "x" / "model.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # no folder was left behind
 
 
 def test_missing_data_without_network_end_with_the_way_out(vaelib_command, tmp_path):
@@ -90,3 +93,12 @@ def test_missing_data_without_network_end_with_the_way_out(vaelib_command, tmp_p
     assert done.returncode == 2
     assert "could not be downloaded" in done.stderr
     assert "VAELIB_DATA" in done.stderr
+
+
+def test_a_diverged_run_says_so_and_saves_nothing(vaelib_command, tmp_path):
+    wild = ("--optimizer", "SGD", "--learning-rate", "1e38", "--schedule", "constant", "--warmup", "0", "--clip-norm", "0")
+    done = vaelib_command("train", *QUICK, *wild, "--out", tmp_path / "run", "--json")
+    assert done.returncode == 2
+    assert "vaelib: error: epoch 1: the" in done.stderr
+    assert done.stdout == ""
+    assert not (tmp_path / "run" / "model.safetensors").exists()

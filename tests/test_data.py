@@ -118,6 +118,23 @@ def test_an_image_set_checks_what_it_is_given(pixels, labels, message):
         ImageSet(pixels, labels, ("a",))
 
 
+def test_labels_and_factors_must_fit_the_images():
+    pixels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
+    for labels in ([0.9, 1.9], [-1, 0]):
+        with pytest.raises(ValueError, match="labels: got list .*, expected whole numbers of at least 0"):
+            image_set(pixels, labels)
+    assert image_set(pixels, [3, 1]).labels.tolist() == [3, 1]
+    with pytest.raises(ValueError, match="factors: got .*, expected one row for each of the 2 images"):
+        ImageSet(pixels, torch.zeros(2).long(), ("a",), factors=torch.zeros(3, 5))
+
+
+def test_a_processed_folder_of_old_torchvision_versions_is_not_read(tiny_mnist):
+    (tiny_mnist / "MNIST/processed").mkdir()
+    for name in ("training.pt", "test.pt"):
+        torch.save((torch.zeros(3, 28, 28, dtype=torch.uint8), torch.zeros(3)), tiny_mnist / "MNIST/processed" / name)
+    assert len(load_images("mnist", root=tiny_mnist)) == 20
+
+
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match="name: got 'minst', expected one of .*; did you mean 'mnist'"):
         load_images("minst")
@@ -129,6 +146,8 @@ def test_unknown_names_are_answered_with_the_nearest():
 def test_the_data_folder_is_vaelib_data_or_the_users_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("VAELIB_DATA", str(tmp_path))
     assert data_folder() == tmp_path
+    monkeypatch.setenv("VAELIB_DATA", "")
+    assert data_folder().name == "vaelib"
     monkeypatch.delenv("VAELIB_DATA")
     assert data_folder().name == "vaelib"
 

@@ -103,6 +103,9 @@ def test_bad_arguments_are_refused(trained, test_set):
         (lambda: log_likelihood(trained, test_set, 5, sample_batch=0), "sample_batch: got int 0"),
         (lambda: log_likelihood(trained, test_set.pixels.float(), 5), "pixels: got a float32 tensor"),
         (lambda: active_units(trained, test_set, threshold=-1.0), "threshold: got float -1.0"),
+        (lambda: active_units(trained, test_set[:1]), "images: got one image, expected at least two"),
+        (lambda: evaluate(trained, test_set, seed=2**63), "seed: got 9223372036854775808"),
+        (lambda: evaluate(trained, test_set, seed=1.5), "seed: got float 1.5"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

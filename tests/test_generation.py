@@ -77,6 +77,8 @@ def test_bad_arguments_are_refused(trained, digits, small_vae):
         (lambda: interpolate(trained, digits.pixels[0], digits.pixels[0, :, :14]), r"b: got images of shape \(1, 14, 28\)"),
         (lambda: latent_grid(small_vae), "model: got latent_dim 4, expected 2"),
         (lambda: latent_grid(trained, side=1), "side: got int 1"),
+        (lambda: latent_grid(trained, tail=0.0), "tail: got float 0.0, expected a finite number above 0"),
+        (lambda: latent_grid(trained, tail=0.5), "tail: got 0.5, expected a probability below 0.5"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

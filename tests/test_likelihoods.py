@@ -328,6 +328,35 @@ def test_observe_wants_uint8_images(name, bad):
         make_likelihood(name).observe(bad)
 
 
+def test_discretized_logistic_refuses_values_between_its_levels():
+    likelihood = DiscretizedLogistic()
+    x = (RAMP / 255)[:4]  # in [0, 1], so that every other value lies between two levels
+    with pytest.raises(ValueError, match=r"^x: got values between the 256 levels, expected level / 127.5 - 1"):
+        likelihood.log_prob(x, torch.zeros(4, 2, 1, 1))
+    likelihood.check_values(likelihood.observe(RAMP))
+    for shift, fits in ((0.008, True), (0.012, False), (-0.012, False)):
+        x = torch.full((1, 1, 1, 1), (100 + shift) / 127.5 - 1, dtype=torch.float64)
+        if fits:
+            likelihood.check_values(x)
+        else:
+            with pytest.raises(ValueError, match=r"likelihood.observe\(pixels\) gives them$"):
+                likelihood.check_values(x)
+
+
+def test_grey_bce_is_the_mean_bernoulli_score_over_binarizations(generator):
+    pixels = torch.randint(0, 256, (1, 1, 3, 3), generator=generator, dtype=torch.uint8)
+    logits = torch.randn(1, 1, 3, 3, generator=generator)
+    score = GreyBCENotALikelihood()
+    draws = Bernoulli().log_prob(Bernoulli().observe(pixels.expand(100_000, 1, 3, 3), generator), logits.expand(100_000, 1, 3, 3))
+    error = draws.std().item() / math.sqrt(100_000)
+    assert score.log_prob(score.observe(pixels), logits).item() == pytest.approx(draws.mean().item(), abs=4 * error)
+
+
+def test_uniform_numbers_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match=r"pixels, uniform: got shapes \(1, 1, 2, 2\), \(5, 1, 2, 2\)"):
+        Bernoulli().observe(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), uniform=torch.zeros(5, 1, 2, 2))
+
+
 def test_an_unknown_likelihood_is_answered_with_the_nearest_name():
     with pytest.raises(ValueError, match="likelihood: got 'bernouli', expected one of .*; did you mean 'bernoulli'"):
         make_likelihood("bernouli")
@@ -336,6 +365,8 @@ def test_an_unknown_likelihood_is_answered_with_the_nearest_name():
     with pytest.raises(ValueError, match="likelihood: got None, expected one of"):
         make_likelihood({"scale": 1.0})
     assert Gaussian().config == {"name": "gaussian", "scale": 1.0, "learned": False}
+    with pytest.raises(ValueError, match="^likelihood: got type <class .*Bernoulli'>, expected a name, a config or a Likelihood$"):
+        make_likelihood(Bernoulli)
     for scale in (0, -1.0, math.nan, "1"):
         with pytest.raises(ValueError, match="scale: got .*, expected a finite number above 0"):
             Gaussian(scale)

@@ -95,6 +95,8 @@ def test_loss_is_minus_the_mean_over_images_of_the_sum_over_pixels():
     assert loss(terms, torch.tensor(4.0)).item() == 11.5
     with pytest.raises(ValueError, match=r"beta: got float -1\.0, expected a finite number of at least 0"):
         loss(terms, -1.0)
+    with pytest.raises(ValueError, match=r"beta: got a float32 tensor of shape \(2, 1\), expected one number"):
+        beta_elbo(terms, torch.ones(2, 1))
 
 
 @pytest.mark.equation("importance-weighted-bound")

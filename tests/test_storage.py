@@ -55,7 +55,7 @@ def test_loading_runs_no_code_from_the_files(saved):
             return os.mkdir, (str(saved / "exploded"),)
 
     (saved / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ValueError, match="is broken or not the weights of this model"):
+    with pytest.raises(ValueError, match="is broken or not the weights of the model"):
         load(saved)
     torch.save({"w": Bomb()}, saved / "model.safetensors")
     with pytest.raises(ValueError, match="is broken"):
@@ -75,10 +75,10 @@ def test_missing_broken_and_foreign_files_are_named(saved, tmp_path):
     with pytest.raises(ValueError, match="it has no model.safetensors"):
         load(saved)
     save_file({"weight": torch.zeros(3)}, saved / "model.safetensors")
-    with pytest.raises(ValueError, match="belongs to another model"):
+    with pytest.raises(ValueError, match="belong to another model"):
         load(saved)
     save_file({"weight": torch.zeros(3)}, saved / "model.safetensors", {"config": config})
-    with pytest.raises(ValueError, match="not the weights of this model"):
+    with pytest.raises(ValueError, match="not the weights of the model"):
         load(saved)
 
     (saved / "model.safetensors").write_bytes(weights)
@@ -87,7 +87,7 @@ def test_missing_broken_and_foreign_files_are_named(saved, tmp_path):
         with pytest.raises(ValueError, match="config.json is not a config written by vaelib.save"):
             load(saved)
     (saved / "config.json").write_text(config.replace('"latent_dim": 4', '"latent_dim": 5'))
-    with pytest.raises(ValueError, match="belongs to another model"):
+    with pytest.raises(ValueError, match="belong to another model"):
         load(saved)
     (saved / "config.json").write_text(config)
     assert load(saved).latent_dim == 4
@@ -121,3 +121,49 @@ def test_a_model_of_ones_own_networks_is_not_saved_silently_wrong(small_vae, tmp
     with pytest.raises(ValueError, match="model: got a VAE without a config"):
         save(small_vae, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_its_config_does_not_build_again_is_refused_before_anything_is_written(digits, tmp_path):
+    class MyBernoulli(vaelib.Bernoulli):
+        """A likelihood of one's own, which `load` could not know."""
+
+    mine = mlp_vae((1, 28, 28), (8,), 2, MyBernoulli())
+    other_decoder = mlp_vae((1, 28, 28), (8,), 2)
+    other_decoder.decoder = vaelib.MLPDecoder(2, (9,), (1, 28, 28))
+    for model in (mine, other_decoder, mlp_vae((1, 28, 28), (8,), 2).double()):
+        with pytest.raises(ValueError, match="model: got a VAE that its config does not build again"):
+            save(model, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_loading_draws_no_random_number(saved):
+    torch.manual_seed(0)
+    load(saved)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_a_loaded_model_can_be_trained_on(saved, digits):
+    model = load(saved)
+    before = vaelib.heldout_elbo(model, digits[:100]).elbo.mean()
+    vaelib.fit(model, digits[:500], config=vaelib.TrainConfig(epochs=2, batch_size=50, progress=False, device="cpu"))
+    assert vaelib.heldout_elbo(model, digits[:100]).elbo.mean() > before
+
+
+def test_an_architecture_is_replaced_whole_or_not_at_all(saved, monkeypatch):
+    import pathlib
+
+    before = {name: (saved / name).read_bytes() for name in FILES}
+    write = pathlib.Path.write_text
+
+    def full_disk(path, *arguments, **keywords):
+        if path.name.startswith(".config"):
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **keywords)
+
+    monkeypatch.setattr(pathlib.Path, "write_text", full_disk)
+    with pytest.raises(ValueError, match="No space left on device"):
+        save(mlp_vae((1, 8, 8), (4,), 2), saved)
+    assert {name: (saved / name).read_bytes() for name in FILES} == before
+    assert sorted(os.listdir(saved)) == FILES

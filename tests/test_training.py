@@ -139,6 +139,13 @@ def test_the_optimizer_may_be_a_function_of_the_parameters(model, split):
     )
 
 
+def test_an_optimizer_class_takes_the_settings_of_its_name(model):
+    config = TrainConfig(optimizer=torch.optim.SGD, learning_rate=0.1, optimizer_options={"momentum": 0.9})
+    group = make_optimizer(model, config).param_groups[0]
+    assert (group["lr"], group["momentum"]) == (0.1, 0.9)
+    assert make_optimizer(model, TrainConfig(optimizer_options={"foreach": True})).param_groups[0]["foreach"]
+
+
 def test_learning_rate_warms_up_and_follows_its_schedule():
     factor = learning_rate_factor(TrainConfig(schedule="cosine", warmup=0.04), 100)
     assert [factor(step) for step in (0, 1)] == pytest.approx([0.25, 0.5], rel=1e-2)
@@ -202,7 +209,7 @@ def test_ctrl_c_keeps_what_was_learned(monkeypatch, model, split):
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(model, split):
     config = TrainConfig(epochs=3, batch_size=50, optimizer="SGD", learning_rate=1e6, schedule="constant", clip_norm=None, **QUIET)
     with pytest.raises(
-        FloatingPointError, match="epoch 1: the (log-likelihood|KL) term is (nan|inf|-inf); try a lower learning_rate"
+        FloatingPointError, match="epoch 1: the training (log-likelihood|KL) is (nan|inf|-inf); try a lower learning_rate"
     ):
         fit(model, split[0], config=config)
 
@@ -239,6 +246,9 @@ def test_the_progress_bar_shows_the_elbo(model, split, capsys):
     ({"warmup": -0.1}, "warmup: got float -0.1"),
     ({"num_samples": 0}, "num_samples: got int 0"),
     ({"seed": -1}, "seed: got int -1"),
+        ({"seed": 2**63}, "seed: got 9223372036854775808, expected an integer below"),
+        ({"warmup": 5.0}, "warmup: got 5.0, expected a share of the steps, at most 1"),
+        ({"optimizer": lambda p: None, "optimizer_options": {"lr": 1}}, "optimizer_options: got options beside a function"),
 ])  # fmt: skip
 def test_a_bad_configuration_is_refused_when_it_is_made(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -283,3 +293,39 @@ def test_fit_on_cuda_reaches_the_elbo_of_the_cpu(split):
         fit(model, *split, TrainConfig(epochs=8, batch_size=50, progress=False, device=device))
         scores.append(heldout_elbo(model, split[1], num_samples=10).elbo.mean().item())
     assert scores[0] == pytest.approx(scores[1], abs=10)
+
+
+def test_divergence_puts_the_weights_of_the_last_good_epoch_back(model, split):
+    seen = []
+
+    def explode_in_the_third_epoch(progress):
+        if progress >= 2 / 5:
+            return 1e30
+        return 1.0
+
+    def remember(model, images, **keywords):
+        seen.append(weights(model))
+        return heldout_elbo(model, images, **keywords)
+
+    config = TrainConfig(epochs=5, batch_size=100, schedule=explode_in_the_third_epoch, warmup=0, optimizer="SGD",
+                         learning_rate=1e-3, clip_norm=10.0, **QUIET)  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vaelib.training.heldout_elbo", remember)
+        with pytest.raises(FloatingPointError, match="epoch 3"):
+            fit(model, *split, config)
+    assert torch.isfinite(weights(model)).all()
+    assert torch.equal(weights(model), seen[1])
+
+
+def test_a_last_step_that_breaks_the_weights_is_noticed(model, split):
+    config = TrainConfig(
+        epochs=1, batch_size=500, optimizer="SGD", learning_rate=1e38, schedule="constant", warmup=0, clip_norm=None, **QUIET
+    )
+    with pytest.raises(FloatingPointError, match="epoch 1: the weight .* is not finite"):
+        fit(model, split[0], config=config)
+
+
+def test_unknown_and_absent_devices_are_refused():
+    for device in ("meta", "xpu", "gpu", "cuda:99", "cpu:3"):
+        with pytest.raises(ValueError, match="device: got"):
+            choose_device(device)

@@ -119,12 +119,32 @@ def test_elbo_draws_one_sample_from_its_generator(small_vae, digits):
     torch.testing.assert_close(first, small_vae.elbo(x, 1, eps).elbo)
 
 
+def test_encode_refuses_what_is_not_x_on_the_encoders_terms(small_vae):
+    x = torch.zeros(2, 1, 28, 28)
+    with pytest.raises(ValueError, match="x: got NaN"):
+        small_vae.encode(x * math.nan)
+    with pytest.raises(ValueError, match=r"x: got values in \[200, 200\]"):
+        small_vae.encode(x + 200)
+    assert torch.isfinite(small_vae.encode(x + 0.5, validate=False).mean).all()
+    message = "^x: got torch.float64 on cpu, expected torch.float32 on cpu as the encoder's weights$"
+    with pytest.raises(ValueError, match=message):
+        small_vae.elbo(x.double())
+    with pytest.raises(ValueError, match="x: got torch.float32 on meta"):
+        small_vae.encode(x.to("meta"))
+
+
 def test_values_are_validated_unless_told_otherwise(small_vae):
     grey = torch.full((2, 1, 28, 28), 0.5)
-    for call in (small_vae.elbo, small_vae.log_weights, lambda x, **kw: small_vae.importance_weighted_bound(x, 1, **kw)):
+    for call in (
+        small_vae.encode,
+        small_vae.elbo,
+        small_vae.log_weights,
+        lambda x, **kw: small_vae.importance_weighted_bound(x, 1, **kw),
+    ):
         with pytest.raises(ValueError, match="x: got values between 0 and 1"):
             call(grey)
-        assert torch.isfinite(call(grey, validate=False) if call != small_vae.elbo else call(grey, validate=False).elbo).all()
+        answer = call(grey, validate=False)
+        assert torch.isfinite(answer[0] if isinstance(answer, tuple) else answer).all()
 
 
 @pytest.mark.parametrize(
@@ -220,6 +240,9 @@ def test_evaluation_builds_no_graph_and_leaves_the_mode_alone(small_vae, digits)
     assert set(small_vae.decoder.seen) == {(False, False)}
     assert all(p.grad is None for p in small_vae.parameters())
     small_vae.train()
+    small_vae.encoder.eval()  # a part that was frozen stays frozen
+    heldout_elbo(small_vae, digits[:5])
+    assert [small_vae.training, small_vae.encoder.training, small_vae.decoder.training] == [True, False, True]
     with pytest.raises(ValueError, match="pixels"):
         heldout_elbo(small_vae, digits.pixels[:0])
     assert small_vae.training
@@ -265,6 +288,7 @@ def test_mlp_vae_builds_the_layers_it_names():
         ({"hidden_dims": (400, 0)}, "hidden_dims: got int 0"),
         ({"hidden_dims": 400}, r"hidden_dims: got int 400, expected a sequence of integers such as \(400,\)"),
         ({"hidden_dims": "400"}, "hidden_dims: got str '400'"),
+        ({"hidden_dims": None}, "hidden_dims: got NoneType None"),
         ({"image_shape": (28, 28)}, r"image_shape: got tuple \(28, 28\), expected \(channels, height, width\)"),
         ({"image_shape": (1, 28, -1)}, "image_shape = .*: got int -1"),
         ({"likelihood": "bernouilli"}, "likelihood: got 'bernouilli'.*did you mean 'bernoulli'"),

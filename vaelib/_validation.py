@@ -36,6 +36,13 @@ def check_int(argument: str, value: Any, minimum: int = 1) -> int:
     return value
 
 
+def check_seed(argument: str, value: Any) -> int:
+    """`value` as a seed: an integer from 0 to 2**63 - 1."""
+    if check_int(argument, value, minimum=0) >= 2**63:
+        raise ValueError(f"{argument}: got {value}, expected an integer below 2**63")
+    return value
+
+
 def check_number(argument: str, value: Any, minimum: float = 0.0, *, exclusive: bool = False) -> float:
     """`value` as a finite float, at least `minimum` (above it where `exclusive`)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

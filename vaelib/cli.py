@@ -23,6 +23,7 @@ from vaelib.storage import CONFIG, MODELS, load, save, writable_folder, write_te
 from vaelib.training import TrainConfig, choose_device, fit
 
 app = typer.Typer(
+    rich_markup_mode=None,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -38,7 +39,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print a result: one JSON object, or a line for each value."""
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result, allow_nan=False))
         return
     for key, value in result.items():
         print(f"{key:32} {value:.4f}" if isinstance(value, float) else f"{key:32} {value}")
@@ -94,16 +95,19 @@ def train(
     choose_device(device)
     if (out / CONFIG).exists() and not overwrite:
         raise ValueError(f"out: {out} already holds a model, expected another folder; --overwrite replaces it")
-    writable_folder("out", out)
     images = load_images(data)
     train_images, valid = train_valid_split(images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, seed)
     torch.manual_seed(seed)
     vae = MODELS[model](image_shape=images.image_shape, hidden_dims=hidden_dims, latent_dim=latent_dim, likelihood=likelihood)
+    writable_folder("out", out)
     start = time.perf_counter()
     history = fit(vae, train_images, valid, config)
     seconds = time.perf_counter() - start
     save(vae, out)
     write_text(out / "history.json", json.dumps(list(history), indent=1) + "\n")
+    # the epoch whose weights are saved: the best one where an early stop put it back
+    saved_epoch = dict(history[history.best_epoch - 1 if patience and history.best_epoch else -1]) if history else {}
+    saved_epoch.pop("seconds", None)
     summary = {
         "out": str(out),
         "data": data,
@@ -111,11 +115,13 @@ def train(
         "stopped": history.stopped,
         "device": history.device,
         "seconds": round(seconds, 1),
-        **(history[-1] if history else {}),
+        **saved_epoch,
     }
     record = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, seconds, summary) | {"data": data, "training": config.as_dict()}
     write_text(out / RUN, json.dumps(record, indent=2) + "\n")
     show(summary, as_json)
+    if history.stopped == "interrupted":
+        raise typer.Exit(130)
 
 
 def data_of(run: Path, data: str) -> str:
@@ -161,11 +167,11 @@ def sample(
     from vaelib.plotting import tile
 
     sheet = tile(generate(load(run), num_images, temperature, seed), columns=math.ceil(math.sqrt(num_images)))
-    writable_folder("out", out.parent)
-    if out.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"out: got {out}, expected the name of an image file such as samples.png")
     if out.is_dir():
         raise ValueError(f"out: got the folder {out}, expected the name of an image file")
+    writable_folder("out", out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         partial = Path(folder) / out.name
         Image.fromarray(sheet).save(partial)
@@ -177,6 +183,6 @@ def main() -> None:
     """Run the command; bad input ends with one line on stderr and exit status 2."""
     try:
         app()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"vaelib: error: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        print("vaelib: error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_choice, check_int, check_pixels, describe
+from vaelib._validation import check_choice, check_int, check_pixels, check_seed, describe
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -82,6 +83,8 @@ class ImageSet:
         check_pixels("pixels", self.pixels)
         if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int64 or self.labels.shape != self.pixels.shape[:1]:
             raise ValueError(f"labels: got {describe(self.labels)}, expected an int64 tensor of shape ({len(self.pixels)},)")
+        if self.factors is not None and len(self.factors) != len(self.pixels):
+            raise ValueError(f"factors: got {describe(self.factors)}, expected one row for each of the {len(self.pixels)} images")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -107,8 +110,8 @@ class ImageSet:
 
 def data_folder() -> Path:
     """Where the real data sets live: `$VAELIB_DATA`, or `vaelib` in the user's cache folder."""
-    if "VAELIB_DATA" in os.environ:
-        return Path(os.environ["VAELIB_DATA"]).expanduser()
+    if folder := os.environ.get("VAELIB_DATA"):
+        return Path(folder).expanduser()
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("vaelib", appauthor=False))
@@ -148,6 +151,7 @@ def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple
         ValueError: If `valid_size` leaves no image on either side.
     """
     check_int("valid_size", valid_size)
+    check_seed("seed", seed)
     if valid_size >= len(images):
         raise ValueError(f"valid_size: got {valid_size}, expected less than the {len(images)} images there are")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.pixels.device)
@@ -199,8 +203,8 @@ def _fetch(name: str, root: Path, download: bool) -> None:
 
 
 def _read(name: str, split: str, root: Path) -> ImageSet:
-    """Read one split with torchvision, after its files have passed their checksums."""
-    from torchvision import datasets
+    """Read one split, after its files have passed their checksums."""
+    from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
     train = split == "train"
@@ -211,11 +215,14 @@ def _read(name: str, split: str, root: Path) -> ImageSet:
                 f"{name}: the file {root / file} is truncated or corrupted (its md5 is not {md5}); delete it and load again"
             )
     if name == "cifar10":
-        cifar = datasets.CIFAR10(str(root), train=train)
+        cifar = CIFAR10(str(root), train=train)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(pixels, torch.tensor(cifar.targets), CIFAR, name)
-    mnist = (datasets.MNIST if name == "mnist" else datasets.FashionMNIST)(str(root), train=train)
-    return ImageSet(mnist.data[:, None].contiguous(), mnist.targets.long(), DIGITS if name == "mnist" else FASHION, name)
+    # The idx files themselves: torchvision would prefer a `processed` folder of its earlier versions, which nobody has checked.
+    images_file, labels_file = list(CHECKSUMS[name])[:2] if train else list(CHECKSUMS[name])[2:]
+    pixels = torch.from_numpy(np.fromfile(root / images_file, np.uint8)[16:].reshape(-1, 1, 28, 28))
+    labels = torch.from_numpy(np.fromfile(root / labels_file, np.uint8)[8:]).long()
+    return ImageSet(pixels, labels, DIGITS if name == "mnist" else FASHION, name)
 
 
 def _digits(split: str) -> ImageSet:
@@ -262,5 +269,8 @@ def _shapes(split: str) -> ImageSet:
 def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name: str = "images") -> ImageSet:
     """Wrap a ``uint8`` tensor (N, C, H, W) of your own; without labels all are 0."""
     check_pixels("pixels", pixels)
-    codes = torch.zeros(len(pixels), dtype=torch.int64) if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    codes = torch.zeros(len(pixels), dtype=torch.int64) if labels is None else torch.as_tensor(labels)
+    if codes.is_floating_point() or codes.numel() == 0 or codes.min() < 0:
+        raise ValueError(f"labels: got {describe(labels)}, expected whole numbers of at least 0")
+    codes = codes.long()
     return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name)

@@ -30,7 +30,7 @@ class Evaluation:
         elbo_samples: draws of z per image for the ELBO.
         num_samples: draws of z per image for `log_likelihood`.
         seed: of the noise.
-        normalized: False if the model's score is no likelihood: then `elbo` bounds nothing.
+        normalized: False if the model's score is no likelihood: then `elbo` bounds no log p(x).
     """
 
     elbo: float
@@ -107,13 +107,13 @@ def log_likelihood(
     estimates = []
     with evaluating(model):
         for x, keys in observations(model, pixels, batch_size, seed):
-            total = torch.full((len(x),), -math.inf, device=x.device, dtype=torch.float64)
+            total = torch.full((len(x),), -math.inf, dtype=torch.float64)  # on the CPU: MPS has no float64
             for start in range(0, num_samples, sample_batch):
                 count = min(sample_batch, num_samples - start)
                 eps = noise.normal_noise(keys, (count, model.latent_dim), noise.LATENT, start * model.latent_dim)
-                log_weights = model.log_weights(x, count, eps.transpose(0, 1))
-                total = torch.logaddexp(total, torch.logsumexp(log_weights.double(), dim=0))
-            estimates.append((total - math.log(num_samples)).float().cpu())
+                log_weights = model.log_weights(x, count, eps.transpose(0, 1), validate=False)
+                total = torch.logaddexp(total, torch.logsumexp(log_weights, dim=0).cpu().double())
+            estimates.append((total - math.log(num_samples)).float())
     return torch.cat(estimates)
 
 
@@ -130,4 +130,6 @@ def active_units(model: VAE, images: ImageSet | Tensor, threshold: float = 0.01,
     eq. active-units. Burda, Grosse and Salakhutdinov 2016, section 5.
     """
     check_number("threshold", threshold)
+    if len(images if isinstance(images, Tensor) else images.pixels) < 2:
+        raise ValueError("images: got one image, expected at least two: a variance over images is asked for")
     return posterior_means(model, images, batch_size, seed).var(0) > threshold

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_int, check_number, check_pixels
+from vaelib._validation import check_int, check_number, check_pixels, check_seed
 from vaelib.vae import VAE, evaluating, observations
 
 
@@ -24,7 +24,7 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
     """
     check_int("num_images", num_images)
     check_number("temperature", temperature)
-    generator = None if seed is None else torch.Generator().manual_seed(check_int("seed", seed, minimum=0))
+    generator = None if seed is None else torch.Generator().manual_seed(check_seed("seed", seed))
     return decode_pixels(model, temperature * torch.randn(num_images, model.latent_dim, generator=generator))
 
 
@@ -59,6 +59,8 @@ def latent_grid(model: VAE, side: int = 20, tail: float = 0.02) -> Tensor:
         ValueError: Unless the model's latent space has two dimensions.
     """
     check_int("side", side, minimum=2)
+    if check_number("tail", tail, exclusive=True) >= 0.5:
+        raise ValueError(f"tail: got {tail}, expected a probability below 0.5")
     if model.latent_dim != 2:
         raise ValueError(f"model: got latent_dim {model.latent_dim}, expected 2: only a plane can be drawn")
     points = torch.special.ndtri(torch.linspace(tail, 1 - tail, side))

@@ -58,7 +58,8 @@ def commit() -> str | None:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "*.py", "*.toml")
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some other project's repository
+        changed = git("status", "--porcelain", "--", ":/vaelib", ":/book/_scripts", ":/benchmarks", ":/pyproject.toml")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaelib._validation import check_choice, check_int, check_number, check_observation, check_pixels, describe
+from vaelib._validation import check_choice, check_int, check_number, check_observation, check_pixels, check_same_shape, describe
 
 
 class Likelihood(nn.Module):
@@ -103,6 +103,7 @@ class Bernoulli(Likelihood):
         if self.binarize == "threshold":
             return (pixels >= 128).float()
         if uniform is not None:
+            check_same_shape(pixels=pixels, uniform=uniform)
             return (uniform < pixels / 255).float()
         # A whole number uniform on 0..254 is below the pixel with probability pixel / 255 exactly: one byte a draw, no float.
         draws = torch.empty_like(pixels).random_(255, generator=generator)
@@ -128,10 +129,11 @@ class Bernoulli(Likelihood):
 
 
 class GreyBCENotALikelihood(Bernoulli):
-    """The web's "BCE loss" on grey pixels in [0, 1]: it trains, but it is no likelihood, so its "ELBO" bounds nothing.
+    """The web's "BCE loss" on grey pixels in [0, 1]: it trains, but it is no log-density of x.
 
     The score exp(-BCE) does not integrate to 1 over [0, 1]; the missing factor is the normalizer of the continuous Bernoulli
-    (Loaiza-Ganem and Cunningham 2019). It stands here so that the book can measure it.
+    (Loaiza-Ganem and Cunningham 2019). Being linear in x, -BCE is the mean Bernoulli log-probability over binarizations of x.
+    It stands here so that the book can measure it.
     """
 
     values = None
@@ -208,6 +210,14 @@ class DiscretizedLogistic(Likelihood):
     def __init__(self) -> None:
         super().__init__(name="discretized_logistic")
 
+    def check_values(self, x: Tensor) -> None:
+        super().check_values(x)
+        level = (x.detach() + 1) * 127.5
+        if not torch.all((level - level.round()).abs() < 0.01):
+            raise ValueError(
+                "x: got values between the 256 levels, expected level / 127.5 - 1; likelihood.observe(pixels) gives them"
+            )
+
     def location_and_inverse_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """params (N, 2C, H, W) -> location and 1 / scale, each (N, C, H, W)."""
         location, log_scale = params.chunk(2, dim=1)
@@ -266,6 +276,8 @@ def make_likelihood(spec: str | dict[str, Any] | Likelihood) -> Likelihood:
         return spec
     if isinstance(spec, str):
         spec = {"name": spec}
+    if not isinstance(spec, dict):
+        raise ValueError(f"likelihood: got {describe(spec)}, expected a name, a config or a Likelihood")
     arguments = dict(spec)
     name = check_choice("likelihood", arguments.pop("name", None), LIKELIHOODS)
     try:

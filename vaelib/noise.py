@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_pixels
+from vaelib._validation import check_pixels, check_seed
 
 OBSERVE, LATENT = 1, 2  # the streams: binarization, and draws of z
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
@@ -29,6 +29,7 @@ def _mix(h: Tensor) -> Tensor:
 def image_keys(pixels: Tensor, seed: int = 0) -> Tensor:
     """One int64 key per image, from its pixels and the seed: (N, C, H, W) uint8 -> (N,)."""
     flat = check_pixels("pixels", pixels).flatten(1).long()
+    check_seed("seed", seed)
     weights = _mix(torch.arange(1, flat.shape[1] + 1, device=flat.device) * _GOLDEN)
     return _mix((flat * weights).sum(1) + _mix(torch.full((1,), seed, device=flat.device) * _GOLDEN))
 
@@ -42,4 +43,4 @@ def uniform_noise(keys: Tensor, shape: Sequence[int], stream: int, start: int = 
 
 def normal_noise(keys: Tensor, shape: Sequence[int], stream: int, start: int = 0) -> Tensor:
     """Standard normal numbers, float32, by the inverse of the normal distribution function: (N, ...)."""
-    return torch.special.ndtri(uniform_noise(keys, shape, stream, start))
+    return math.sqrt(2) * torch.erfinv(2 * uniform_noise(keys, shape, stream, start) - 1)

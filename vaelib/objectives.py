@@ -56,7 +56,14 @@ def beta_elbo(terms: ElboTerms, beta: float | Tensor = 1.0) -> Tensor:
     """log_likelihood - beta * kl: (N,), nats. eq. beta-elbo
 
     A bound on log p(x) for beta >= 1 only. Higgins et al. 2017.
+
+    Raises:
+        ValueError: If beta is negative or not one number.
     """
+    if not isinstance(beta, Tensor):
+        check_number("beta", beta)
+    elif beta.dim() > 0:
+        raise ValueError(f"beta: got {describe(beta)}, expected one number")
     return terms.log_likelihood - beta * terms.kl
 
 
@@ -76,6 +83,4 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
 
 def loss(terms: ElboTerms, beta: float | Tensor = 1.0) -> Tensor:
     """What the optimizer minimizes: minus the mean over the batch of the (beta-)ELBO, a scalar, nats per image. eq. loss"""
-    if not isinstance(beta, Tensor):
-        check_number("beta", beta)
     return -beta_elbo(terms, beta).mean()

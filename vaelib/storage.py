@@ -6,11 +6,13 @@ import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from vaelib._validation import check_choice, describe
+from vaelib._validation import check_choice
 from vaelib.vae import VAE, mlp_vae
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -38,6 +40,19 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def build(config: dict[str, Any]) -> VAE:
+    """The model of a config with weights that hold no memory yet (on the meta device): nothing random is drawn."""
+    arguments = dict(config)
+    kind = check_choice("model", arguments.pop("model", None), MODELS)
+    with torch.device("meta"):
+        return MODELS[kind](**arguments)
+
+
+def signature(model: VAE) -> dict[str, Any]:
+    """What must agree for weights to fit: the likelihood's class, and each weight's shape and dtype."""
+    return {"likelihood": type(model.likelihood)} | {name: (value.shape, value.dtype) for name, value in model.state_dict().items()}
+
+
 def save(model: VAE, path: str | Path) -> None:
     """Write the model to the folder `path`: ``model.safetensors`` and ``config.json``, each whole or not at all.
 
@@ -46,18 +61,24 @@ def save(model: VAE, path: str | Path) -> None:
     """
     if model.config is None:
         raise ValueError("model: got a VAE without a config, expected one built by mlp_vae; save its state_dict() yourself")
+    if signature(model) != signature(build(model.config)):
+        raise ValueError(
+            "model: got a VAE that its config does not build again (other parts or dtype); save its state_dict() yourself"
+        )
     path = writable_folder("path", path)
     config = json.dumps(model.config, indent=2)
-    partial = path / f".{WEIGHTS}.partial"
+    partial, partial_config = path / f".{WEIGHTS}.partial", path / f".{CONFIG}.partial"
     try:
         # the weights carry the config too: `load` can tell when the two files are not of one model
         save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, partial, {"config": config})
+        partial_config.write_text(config + "\n", encoding="utf-8")
         os.replace(partial, path / WEIGHTS)
-        write_text(path / CONFIG, config + "\n")
+        os.replace(partial_config, path / CONFIG)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"path: got {path}, expected a folder that can be written ({error})") from error
     finally:
         partial.unlink(missing_ok=True)
+        partial_config.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> VAE:
@@ -71,19 +92,16 @@ def load(path: str | Path) -> VAE:
         if not (path / name).is_file():
             raise ValueError(f"path: got {path}, expected a folder written by vaelib.save; it has no {name}")
     try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        kind = check_choice("model", config.pop("model"), MODELS)
-        model = MODELS[kind](**config)
+        model = build(json.loads((path / CONFIG).read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"path: {path / CONFIG} is not a config written by vaelib.save ({error})") from error
     try:
         with safe_open(path / WEIGHTS, "pt") as file:
-            stored = json.loads((file.metadata() or {}).get("config", "null"))
-        if stored != model.config:
-            raise ValueError(
-                f"path: {path / WEIGHTS} belongs to another model: its config is {describe(stored)}, {CONFIG} says otherwise"
-            )
-        model.load_state_dict(load_file(path / WEIGHTS))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"path: {path / WEIGHTS} is broken or not the weights of this model ({error})") from error
+            stored = (file.metadata() or {}).get("config")
+        if stored != json.dumps(model.config, indent=2):
+            raise ValueError("they belong to another model")
+        model.load_state_dict(load_file(path / WEIGHTS), assign=True)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path: {path / WEIGHTS} is broken or not the weights of the model in {CONFIG} ({reason})") from error
     return model.eval()

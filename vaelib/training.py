@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_choice, check_int, check_number, describe
+from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
 from vaelib.data import ImageSet, minibatches
 from vaelib.objectives import loss
 from vaelib.vae import VAE, heldout_elbo
@@ -32,12 +32,13 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] -> fact
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train; a bad value is refused here, before any work.
+    """How to train; a bad value is refused here, before any work (the device is looked for by `fit`).
 
     Attributes:
         epochs: passes over the data.
         batch_size: images per step; the last, smaller batch counts.
-        optimizer: the name of a class in `torch.optim`, or a function from parameters to an optimizer.
+        optimizer: the name of a class in `torch.optim`, a class of your own, or a function from parameters to an optimizer,
+            which then sets its own learning rate.
         learning_rate: the highest learning rate.
         optimizer_options: further arguments of the optimizer, such as ``{"momentum": 0.9}``.
         schedule: ``"cosine"`` (to 0), ``"linear"`` (to 0), ``"constant"``, or a function from progress in [0, 1] to a factor.
@@ -72,8 +73,9 @@ class TrainConfig:
         check_int("epochs", self.epochs)
         check_int("batch_size", self.batch_size)
         check_int("num_samples", self.num_samples)
-        check_number("warmup", self.warmup)
-        check_int("seed", self.seed, minimum=0)
+        if check_number("warmup", self.warmup) > 1:
+            raise ValueError(f"warmup: got {self.warmup}, expected a share of the steps, at most 1")
+        check_seed("seed", self.seed)
         check_number("learning_rate", self.learning_rate, exclusive=True)
         check_number("beta", self.beta)
         check_number("kl_warmup_epochs", self.kl_warmup_epochs)
@@ -83,6 +85,8 @@ class TrainConfig:
             check_int("patience", self.patience)
         if not callable(self.optimizer):
             check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        elif not inspect.isclass(self.optimizer) and self.optimizer_options:
+            raise ValueError("optimizer_options: got options beside a function, expected the function to set them itself")
         if not callable(self.schedule):
             check_choice("schedule", self.schedule, SCHEDULES)
 
@@ -125,24 +129,31 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'mps'") from error
-    if (chosen.type == "cuda" and not cuda) or (chosen.type == "mps" and not mps):
+    count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}.get(chosen.type)
+    if count is None:
+        raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'mps'")
+    if (chosen.index or 0) >= count:
         raise ValueError(f"device: got {device!r}, but torch finds no such device here; expected 'auto' or 'cpu'")
     return chosen
 
 
 def make_optimizer(model: VAE, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of `config` over the model's parameters, in its fused form where it has one."""
-    if callable(config.optimizer):
+    if callable(config.optimizer) and not inspect.isclass(config.optimizer):
         return config.optimizer(model.parameters())
-    kind = OPTIMIZERS[config.optimizer]
+    kind = OPTIMIZERS[config.optimizer] if isinstance(config.optimizer, str) else config.optimizer
     options = {"lr": config.learning_rate, **(config.optimizer_options or {})}
-    if "fused" in inspect.signature(kind).parameters and model.device.type in ("cpu", "cuda"):
+    if (
+        "fused" in inspect.signature(kind).parameters
+        and model.device.type in ("cpu", "cuda")
+        and not {"foreach", "differentiable"} & set(options)
+    ):
         options.setdefault("fused", True)
     try:
         return kind(model.parameters(), **options)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"optimizer_options: got {config.optimizer_options}, which {config.optimizer} does not take: {error}"
+            f"optimizer_options: got {config.optimizer_options}, which {kind.__name__} does not take: {error}"
         ) from error
 
 
@@ -157,6 +168,19 @@ def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int
         return warmup * schedule(min(1.0, step / total_steps))
 
     return factor
+
+
+def copy_of_weights(model: VAE) -> dict[str, Tensor]:
+    """The model's state, apart from it."""
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def check_finite(epoch: int, terms: dict[str, float], model: VAE) -> None:
+    """FloatingPointError that names the epoch and what is no longer finite, a term of the loss or a weight."""
+    wrong = [f"the {name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+    wrong += [f"the weight {name} is not finite" for name, value in model.named_parameters() if not torch.isfinite(value).all()]
+    if wrong:
+        raise FloatingPointError(f"epoch {epoch}: {wrong[0]}; try a lower learning_rate or a clip_norm")
 
 
 def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: TrainConfig | None = None) -> History:
@@ -176,7 +200,7 @@ def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: Tra
 
     Raises:
         ValueError: If images and model don't fit together, or the configuration asks for what is not there.
-        FloatingPointError: If the loss is no longer finite.
+        FloatingPointError: If a term of the loss or a weight is no longer finite; the model then has the weights of the last good epoch.
     """
     config = config or TrainConfig()
     if not isinstance(config, TrainConfig):
@@ -207,7 +231,7 @@ def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: Tra
 
     history = History()
     history.device = str(device)
-    best_elbo, best_weights = -math.inf, None
+    best_elbo, best_weights, good_weights = -math.inf, None, copy_of_weights(model)
     was_training = model.training
     bar = tqdm(total=config.epochs * steps_per_epoch, unit="batch", disable=not config.progress)
     try:
@@ -230,25 +254,28 @@ def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: Tra
                 bar.update()
 
             log_likelihood, kl = (totals / len(images)).tolist()
-            for term, value in (("log-likelihood", log_likelihood), ("KL", kl)):
-                if not math.isfinite(value):
-                    raise FloatingPointError(f"epoch {epoch}: the {term} term is {value}; try a lower learning_rate or a clip_norm")
+            check_finite(epoch, {"training log-likelihood": log_likelihood, "training KL": kl}, model)
             record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
             if valid is not None:
                 terms = heldout_elbo(model, valid, seed=config.seed)
                 record |= {f"valid_{name}": getattr(terms, name).mean().item() for name in ("elbo", "log_likelihood", "kl")}
+                check_finite(epoch, {"held-out ELBO": record["valid_elbo"]}, model)
+            good_weights = copy_of_weights(model)
             history.append(record | {"learning_rate": learning_rate, "beta": beta, "seconds": time.perf_counter() - start})
             bar.set_postfix({key: f"{record[key]:.2f}" for key in ("train_elbo", "valid_elbo") if key in record})
 
             if valid is not None and record["valid_elbo"] > best_elbo:
                 best_elbo, history.best_epoch = record["valid_elbo"], epoch
                 if config.patience is not None:
-                    best_weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+                    best_weights = good_weights
             elif config.patience is not None and epoch - (history.best_epoch or 0) >= config.patience:
                 history.stopped = "early stop"
                 break
     except KeyboardInterrupt:
         history.stopped = "interrupted"
+    except FloatingPointError:
+        best_weights = best_weights or good_weights
+        raise
     finally:
         bar.close()
         model.train(was_training)

@@ -67,9 +67,17 @@ class VAE(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def encode(self, x: Tensor) -> Posterior:
-        """q(z given x), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L)."""
+    def encode(self, x: Tensor, validate: bool = True) -> Posterior:
+        """q(z given x), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L).
+
+        With `validate` the values of x are checked (NaN, range); shape, dtype and device always are.
+        """
         check_observation("x", x, self.image_shape)
+        weight = next(self.encoder.parameters(), x)
+        if (x.dtype, x.device) != (weight.dtype, weight.device):
+            raise ValueError(f"x: got {x.dtype} on {x.device}, expected {weight.dtype} on {weight.device} as the encoder's weights")
+        if validate:
+            self.likelihood.check_values(x)
         return Posterior(*self.encoder(x))
 
     def decode(self, z: Tensor) -> Tensor:
@@ -97,9 +105,9 @@ class VAE(nn.Module):
         Returns:
             ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats.
         """
-        mean, log_var = self.encode(x)
+        mean, log_var = self.encode(x, validate)
         z = self._draw(mean, log_var, num_samples, eps, generator)
-        return ElboTerms(self._log_likelihood(x, z, validate).mean(0), gaussian_kl(mean, log_var))
+        return ElboTerms(self._log_likelihood(x, z).mean(0), gaussian_kl(mean, log_var))
 
     def log_weights(
         self,
@@ -113,11 +121,11 @@ class VAE(nn.Module):
 
         Parameters are those of `elbo`.
         """
-        mean, log_var = self.encode(x)
+        mean, log_var = self.encode(x, validate)
         z = self._draw(mean, log_var, num_samples, eps, generator)
         log_prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z))
         log_posterior = gaussian_log_density(z, mean.expand_as(z), log_var.expand_as(z))
-        return self._log_likelihood(x, z, validate) + log_prior - log_posterior
+        return self._log_likelihood(x, z) + log_prior - log_posterior
 
     def importance_weighted_bound(
         self,
@@ -139,23 +147,24 @@ class VAE(nn.Module):
             raise ValueError(f"eps: got {describe(eps)}, expected shape {shape}, (num_samples, N, latent_dim)")
         return reparameterize(mean.expand(shape), log_var.expand(shape), eps, generator)
 
-    def _log_likelihood(self, x: Tensor, z: Tensor, validate: bool) -> Tensor:
+    def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x given z) for z (K, N, L): (K, N)."""
         params = self.decode(z.flatten(0, 1))
         repeated = x.expand(len(z), *x.shape).flatten(0, 1)
-        return self.likelihood.log_prob(repeated, params, validate).view(z.shape[:2])
+        return self.likelihood.log_prob(repeated, params, validate=False).view(z.shape[:2])
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No graph, evaluation mode; the model's mode is put back afterwards."""
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -186,7 +195,7 @@ def heldout_elbo(model: VAE, images: ImageSet | Tensor, num_samples: int = 1, ba
     with evaluating(model):
         for x, keys in observations(model, pixels, batch_size, seed):
             eps = noise.normal_noise(keys, (num_samples, model.latent_dim), noise.LATENT).transpose(0, 1)  # (K, N, L)
-            terms = model.elbo(x, num_samples, eps)
+            terms = model.elbo(x, num_samples, eps, validate=False)
             log_likelihood.append(terms.log_likelihood.cpu())
             kl.append(terms.kl.cpu())
     return ElboTerms(torch.cat(log_likelihood), torch.cat(kl))
@@ -209,7 +218,7 @@ def mlp_vae(
         activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
     """
     likelihood = make_likelihood(likelihood)
-    if isinstance(hidden_dims, (str, int)):
+    if not isinstance(hidden_dims, Sequence) or isinstance(hidden_dims, str):
         raise ValueError(f"hidden_dims: got {describe(hidden_dims)}, expected a sequence of integers such as (400,)")
     hidden_dims = tuple(hidden_dims)
     encoder = MLPEncoder(image_shape, hidden_dims, latent_dim, activation)
