@@ -105,7 +105,13 @@ class Bernoulli(Likelihood):
         if uniform is not None:
             check_same_shape(pixels=pixels, uniform=uniform)
             return (uniform < pixels / 255).float()
-        # A whole number uniform on 0..254 is below the pixel with probability pixel / 255 exactly: one byte a draw, no float.
+        if pixels.device.type == "cpu":
+            # 16 random bits a pixel, cut from int64 draws: a sixth of the time of a draw for each pixel. Levels 0 and 255 are exact,
+            # the others within 2**-16 of pixel / 255.
+            bits = torch.empty((pixels.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+            below = bits.view(torch.int16)[: pixels.numel()].view(pixels.shape) < pixels.short() * 257 - 32768
+            return (below | (pixels == 255)).float()
+        # A whole number uniform on 0..254 is below the pixel with probability pixel / 255 exactly.
         draws = torch.empty_like(pixels).random_(255, generator=generator)
         return (draws < pixels).float()
 

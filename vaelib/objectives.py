@@ -39,6 +39,9 @@ def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None = None,
     Raises:
         ValueError: If the shapes differ: nothing is broadcast.
     """
+    if prior_mean is None and prior_log_var is None:
+        check_same_shape(mean=mean, log_var=log_var)
+        return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(-1)
     prior_mean = torch.zeros_like(mean) if prior_mean is None else prior_mean
     prior_log_var = torch.zeros_like(log_var) if prior_log_var is None else prior_log_var
     check_same_shape(mean=mean, log_var=log_var, prior_mean=prior_mean, prior_log_var=prior_log_var)

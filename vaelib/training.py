@@ -224,6 +224,8 @@ def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: Tra
     images = images.to(device)
     valid = None if valid is None else valid.to(device)
     generator = torch.Generator(device).manual_seed(config.seed)
+    parameters = list(model.parameters())
+    foreach = True if device.type in ("cpu", "cuda") else None  # torch's default loops over the weights on a CPU: 0.7 ms a step
     steps_per_epoch = math.ceil(len(images) / config.batch_size)
     optimizer = make_optimizer(model, config)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, config.epochs * steps_per_epoch))
@@ -247,7 +249,7 @@ def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: Tra
                 optimizer.zero_grad()
                 loss(terms, beta).backward()
                 if config.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+                    torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=foreach)
                 optimizer.step()
                 schedule.step()
                 totals += torch.stack([terms.log_likelihood.detach().sum(), terms.kl.detach().sum()])
