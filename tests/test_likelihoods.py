@@ -11,7 +11,7 @@ from scipy.stats import logistic
 from torch.distributions import Normal
 
 from vaelib import Bernoulli, DiscretizedLogistic, Gaussian, GreyBCENotALikelihood, bits_per_dim
-from vaelib.likelihoods import LIKELIHOODS, Likelihood, make_likelihood
+from vaelib.likelihoods import LIKELIHOODS, Likelihood, binarize_by_bits, binarize_by_draws, make_likelihood
 
 ALL = list(LIKELIHOODS)
 LEVELS = torch.arange(256)
@@ -42,16 +42,33 @@ def test_bernoulli_is_the_sum_of_log_p_and_log_one_minus_p(generator):
 @pytest.mark.equation("bernoulli-log-prob")
 def test_dynamic_binarization_is_one_with_probability_pixel_over_255(generator):
     pixels = torch.tensor([0, 1, 100, 254, 255], dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 1, 400, 500)
-    likelihood = Bernoulli()
-    for x in (
-        likelihood.observe(pixels, generator),
-        likelihood.observe(pixels, uniform=torch.rand(5, 1, 400, 500, generator=generator)),
-    ):
+    uniform = torch.rand(5, 1, 400, 500, generator=generator)
+    draws = binarize_by_bits(pixels, generator), binarize_by_draws(pixels, generator), Bernoulli().observe(pixels, uniform=uniform)
+    for x in draws:
         assert set(x.unique().tolist()) == {0, 1}
         share, p = x.mean((1, 2, 3)), torch.tensor([0, 1, 100, 254, 255]) / 255
         assert ((share - p).abs() <= 4 * (p * (1 - p) / 200_000).sqrt()).all()
         assert share[0] == 0
         assert share[-1] == 1
+
+
+def test_dynamic_binarization_of_every_level_and_of_any_number_of_pixels(generator):
+    pixels = RAMP.expand(256, 1, 99, 101)
+    p = torch.arange(256) / 255
+    for draw in (binarize_by_bits, binarize_by_draws):
+        share = draw(pixels, generator).mean((1, 2, 3))
+        assert ((share - p).abs() <= 4.5 * (p * (1 - p) / 9999).sqrt()).all()
+        assert draw(torch.zeros(1, 1, 1, 3, dtype=torch.uint8)).tolist() == [[[[0, 0, 0]]]]
+        seeded = [draw(pixels[100:101], torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+        assert torch.equal(seeded[0], seeded[1])
+        assert not torch.equal(seeded[0], seeded[2])
+
+
+def test_on_a_cpu_binarization_takes_its_bits_and_elsewhere_a_draw_per_pixel():
+    pixels = torch.full((2, 1, 8, 8), 100, dtype=torch.uint8)
+    x = Bernoulli().observe(pixels, torch.Generator().manual_seed(0))
+    assert torch.equal(x, binarize_by_bits(pixels, torch.Generator().manual_seed(0)))
+    assert Bernoulli().observe(pixels.to("meta")).device.type == "meta"
 
 
 def test_dynamic_binarization_follows_the_given_uniform_numbers():

@@ -53,6 +53,7 @@ def test_gaussian_kl_matches_monte_carlo(generator):
 def test_gaussian_kl_sums_over_the_last_axis_only():
     mean, log_var = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
     assert torch.equal(gaussian_kl(mean, log_var), torch.full((2, 3), 2.0))
+    assert torch.equal(gaussian_kl(mean, log_var, 3 * mean), torch.full((2, 3), 8.0))
 
 
 def test_gaussian_kl_of_the_prior_itself_is_zero():
@@ -62,8 +63,11 @@ def test_gaussian_kl_of_the_prior_itself_is_zero():
 def test_gaussian_kl_refuses_to_broadcast():
     with pytest.raises(ValueError, match=r"mean, log_var: got shapes \(4, 3\), \(1, 3\), expected equal shapes"):
         gaussian_kl(torch.zeros(4, 3), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match="expected equal shapes"):
-        gaussian_kl(torch.zeros(4, 3), torch.zeros(4, 3), torch.zeros(3))
+    whole = torch.zeros(4, 3)
+    for place in range(4):
+        shapes = [torch.zeros(1, 3) if place == i else whole for i in range(4)]
+        with pytest.raises(ValueError, match="mean, log_var, prior_mean, prior_log_var: got shapes .*, expected equal shapes"):
+            gaussian_kl(*shapes)
 
 
 @pytest.mark.equation("gaussian-log-density")
@@ -97,6 +101,8 @@ def test_loss_is_minus_the_mean_over_images_of_the_sum_over_pixels():
         loss(terms, -1.0)
     with pytest.raises(ValueError, match=r"beta: got a float32 tensor of shape \(2, 1\), expected one number"):
         beta_elbo(terms, torch.ones(2, 1))
+    with pytest.raises(ValueError, match="expected one number"):
+        beta_elbo(terms, torch.ones(2))
 
 
 @pytest.mark.equation("importance-weighted-bound")

@@ -82,6 +82,21 @@ class Likelihood(nn.Module):
             )
 
 
+def binarize_by_draws(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """1 with probability pixel / 255, exactly: a whole number uniform on 0..254 is below the pixel that often."""
+    return (torch.empty_like(pixels).random_(255, generator=generator) < pixels).float()
+
+
+def binarize_by_bits(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """1 with probability pixel / 255 to within 2**-16, exactly at 0 and 255, in a sixth of the time on a CPU.
+
+    Four pixels share one int64 draw, 16 bits each; 257 * pixel is pixel / 255 on the scale of 65535.
+    """
+    bits = torch.empty((pixels.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    below = bits.view(torch.int16)[: pixels.numel()].view(pixels.shape) < pixels.short() * 257 - 32768
+    return (below | (pixels == 255)).float()
+
+
 class Bernoulli(Likelihood):
     """Binary pixels; params are logits. eq. bernoulli-log-prob
 
@@ -105,15 +120,8 @@ class Bernoulli(Likelihood):
         if uniform is not None:
             check_same_shape(pixels=pixels, uniform=uniform)
             return (uniform < pixels / 255).float()
-        if pixels.device.type == "cpu":
-            # 16 random bits a pixel, cut from int64 draws: a sixth of the time of a draw for each pixel. Levels 0 and 255 are exact,
-            # the others within 2**-16 of pixel / 255.
-            bits = torch.empty((pixels.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-            below = bits.view(torch.int16)[: pixels.numel()].view(pixels.shape) < pixels.short() * 257 - 32768
-            return (below | (pixels == 255)).float()
-        # A whole number uniform on 0..254 is below the pixel with probability pixel / 255 exactly.
-        draws = torch.empty_like(pixels).random_(255, generator=generator)
-        return (draws < pixels).float()
+        draw = binarize_by_bits if pixels.device.type == "cpu" else binarize_by_draws
+        return draw(pixels, generator)
 
     def log_prob(self, x: Tensor, params: Tensor, validate: bool = True) -> Tensor:
         """Sum over pixels of x log p + (1 - x) log(1 - p), p = sigmoid(params): (N,), nats. eq. bernoulli-log-prob"""
