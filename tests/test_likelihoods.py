@@ -7,19 +7,21 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import logistic
+from scipy.stats import chi2, logistic, norm
 from torch.distributions import Normal
 
-from vaelib import Bernoulli, DiscretizedLogistic, Gaussian, GreyBCENotALikelihood, bits_per_dim
-from vaelib.likelihoods import LIKELIHOODS, Likelihood, binarize_by_bits, binarize_by_draws, make_likelihood
+from vaelib import Bernoulli, DiscretizedLogistic, DiscretizedLogisticMixture, Gaussian, GreyBCENotALikelihood, bits_per_dim
+from vaelib.likelihoods import LIKELIHOODS, Likelihood, binarize_by_bits, binarize_by_draws, gaussian_log_mass, make_likelihood
 
-ALL = list(LIKELIHOODS)
+DISCRETIZED_GAUSSIAN = {"name": "gaussian", "scale": 0.3, "learned": False, "discretized": True}
+ALL = [*LIKELIHOODS, DISCRETIZED_GAUSSIAN]
+over_all = pytest.mark.parametrize("config", ALL, ids=lambda config: config if isinstance(config, str) else "discretized_gaussian")
 LEVELS = torch.arange(256)
 RAMP = LEVELS.to(torch.uint8).view(256, 1, 1, 1)  # one image of one pixel per grey level
 
 
 def params_for(likelihood, x, generator=None):
-    shape = (len(x), likelihood.params_per_value * x.shape[1], *x.shape[2:])
+    shape = (len(x), likelihood.param_channels(x.shape[1]), *x.shape[2:])
     return torch.randn(shape, generator=generator)
 
 
@@ -62,6 +64,13 @@ def test_dynamic_binarization_of_every_level_and_of_any_number_of_pixels(generat
         seeded = [draw(pixels[100:101], torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
         assert torch.equal(seeded[0], seeded[1])
         assert not torch.equal(seeded[0], seeded[2])
+
+
+def test_of_the_65536_bit_patterns_257_per_grey_level_give_one_and_all_of_them_at_255(monkeypatch):
+    every_pattern = torch.arange(-(2**15), 2**15).short().view(torch.int64)
+    monkeypatch.setattr(torch.Tensor, "random_", lambda bits, *args, **kwargs: bits.copy_(every_pattern))
+    ones = [binarize_by_bits(torch.full((1, 1, 256, 256), level, dtype=torch.uint8)).sum().item() for level in range(256)]
+    assert ones == [257 * level for level in range(255)] + [65536]
 
 
 def test_on_a_cpu_binarization_takes_its_bits_and_elsewhere_a_draw_per_pixel():
@@ -117,6 +126,89 @@ def test_only_the_learned_scale_is_a_parameter():
     x = torch.zeros(2, 1, 1, 1)
     likelihood.log_prob(x, x).sum().backward()
     assert likelihood.log_scale.grad.item() == pytest.approx(-2)  # d/ds of -log s, twice
+
+
+WIDE_AND_NARROW = [1e-3, 2e-3, 0.01, 0.04, 0.07, 0.1, 0.2, 0.5, 1.0, 3.0, 10.0]
+
+
+@pytest.mark.parametrize("scale", WIDE_AND_NARROW)
+def test_discretized_gaussian_sums_to_one_over_the_256_levels(scale, generator):
+    likelihood = Gaussian(scale, discretized=True)
+    means = torch.cat([torch.rand(300, generator=generator) * 2.4 - 1.2, torch.tensor([-1e6, -50, -1.5, -1, 0, 1, 1.5, 50, 1e6])])
+    means = torch.cat([means, (2 * torch.arange(255) - 254) / 255])  # on an edge
+    log_prob = likelihood.log_prob(
+        likelihood.observe(RAMP).repeat(len(means), 1, 1, 1), means.repeat_interleave(256).view(-1, 1, 1, 1)
+    )
+    assert torch.isfinite(log_prob).all()
+    total = log_prob.view(-1, 256).double().exp().sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", WIDE_AND_NARROW)
+@pytest.mark.parametrize("mean", [0.0, -0.99, 0.3, 1.2])
+def test_discretized_gaussian_is_the_gaussian_mass_of_the_levels_bin(scale, mean):
+    level = LEVELS.double().numpy()
+    upper, lower = ((2 * level - 254) / 255 - mean) / scale, ((2 * level - 256) / 255 - mean) / scale
+    upper[-1], lower[0] = math.inf, -math.inf
+    mass = norm.sf(lower) - norm.sf(upper)
+    below = lower + upper < 0  # the tail that keeps its digits
+    mass[below] = (norm.cdf(upper) - norm.cdf(lower))[below]
+    counts = mass > 1e-300
+    assert counts.any()
+    x = (LEVELS.double() / 127.5 - 1).view(-1, 1, 1, 1)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-7)):
+        likelihood = Gaussian(scale, discretized=True).to(dtype)
+        likelihood.log_scale.fill_(math.log(scale))  # with the digits of dtype
+        log_prob = likelihood.log_prob(x.to(dtype), torch.full_like(x, mean).to(dtype)).numpy()
+        assert log_prob[counts] == pytest.approx(torch.from_numpy(mass[counts]).log().numpy(), rel=tolerance, abs=tolerance)
+
+
+def test_discretized_gaussian_has_the_gradient_of_its_log_mass_also_far_outside():
+    x = torch.tensor([0, 1, 60, 127, 128, 200, 254, 255], dtype=torch.float64).div(127.5).sub(1).view(1, 8, 1, 1)
+    means = torch.linspace(-1.3, 1.4, 8, dtype=torch.float64).roll(3).view(1, 8, 1, 1).requires_grad_()
+    for scale in WIDE_AND_NARROW:
+        log_scale = torch.tensor(math.log(scale), dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(gaussian_log_mass, (x, means, log_scale), atol=1e-4, rtol=1e-4)
+        far = torch.tensor([-1e6, -1e4, 1e4, 1e6]).view(4, 1, 1, 1).requires_grad_()
+        level = torch.full((4, 1, 1, 1), 100 / 127.5 - 1)
+        Gaussian(scale, discretized=True).log_prob(level, far).sum().backward()
+        density = (level - far.detach()) / scale**2  # one bin is nothing at this distance
+        torch.testing.assert_close(far.grad, density, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-6, *WIDE_AND_NARROW, 1e6])
+def test_discretized_gaussian_has_finite_log_probs_and_gradients_at_every_level_and_distance(scale):
+    likelihood = Gaussian(scale, learned=True, discretized=True)
+    distances = torch.cat([torch.logspace(-8, 6, 15), torch.zeros(1), -torch.logspace(-8, 6, 15)])
+    x = likelihood.observe(RAMP).expand(256, 1, 1, 31)
+    params = (x + distances).requires_grad_()
+    log_prob = likelihood.log_prob(x, params)
+    log_prob.sum().backward()
+    assert torch.isfinite(log_prob).all()
+    assert torch.isfinite(params.grad).all()
+    assert torch.isfinite(likelihood.log_scale.grad)
+
+
+def test_discretized_gaussian_is_over_the_256_levels_and_its_scale_can_be_learned():
+    assert Gaussian().values is None
+    likelihood = Gaussian(0.2, learned=True, discretized=True)
+    assert likelihood.values == 256
+    assert bits_per_dim(-784 * math.log(256), 784, likelihood) == pytest.approx(8)
+    x = likelihood.observe(RAMP[100:101])
+    likelihood.log_prob(x, x).sum().backward()
+    assert likelihood.log_scale.grad.item() == pytest.approx(-1, abs=1e-3)  # d/ds of -log s, as a bin is narrow here
+    with pytest.raises(ValueError, match=r"^x: got values between the 256 levels, expected level / 127.5 - 1"):
+        likelihood.log_prob(x + 0.5 / 127.5, x)
+
+
+@pytest.mark.parametrize("scale", [0.01, 0.3, 2.0])
+@pytest.mark.parametrize("mean", [-0.3, 0.99, 2.5])
+def test_discretized_gaussian_mean_is_the_mean_of_its_256_probabilities(scale, mean):
+    likelihood = Gaussian(scale, discretized=True).double()
+    x = likelihood.observe(RAMP).double()
+    params = torch.full_like(x, mean)
+    expected = (likelihood.log_prob(x, params).exp() * x.flatten()).sum().item()
+    assert likelihood.mean(params)[0].item() == pytest.approx(expected, abs=1e-6)
 
 
 def logistic_params(location, log_scale, count):
@@ -177,13 +269,210 @@ def test_discretized_logistic_mean_is_the_mean_of_its_256_probabilities(location
     assert likelihood.mean(params)[0].item() == pytest.approx(expected, abs=1e-6)
 
 
+def mixture_log_prob_by_loops(x, params, num_mixtures):
+    """log p of x (N, C, H, W) float64 by plain loops, from the layout as documented."""
+    n, channels, height, width = x.shape
+    total = torch.zeros(n, dtype=torch.float64)
+    for i, h, w in itertools.product(range(n), range(height), range(width)):
+        row = lambda r: params[i, r * num_mixtures : (r + 1) * num_mixtures, h, w].tolist()  # noqa: B023, E731
+        pi = [math.exp(logit) / sum(map(math.exp, row(0))) for logit in row(0)]
+        p = 0
+        for k in range(num_mixtures):
+            mass, pair = 1.0, 1 + 2 * channels
+            for c in range(channels):
+                location, scale = row(1 + c)[k], math.exp(row(1 + channels + c)[k])
+                for earlier in range(c):
+                    location += math.tanh(row(pair)[k]) * x[i, earlier, h, w].item()
+                    pair += 1
+                level = round((x[i, c, h, w].item() + 1) * 127.5)
+                upper = math.inf if level == 255 else (2 * level - 254) / 255
+                lower = -math.inf if level == 0 else (2 * level - 256) / 255
+                if upper > location:  # the tail that keeps its digits
+                    mass *= logistic.sf(lower, location, scale) - logistic.sf(upper, location, scale)
+                else:
+                    mass *= logistic.cdf(upper, location, scale) - logistic.cdf(lower, location, scale)
+            p += pi[k] * mass
+        total[i] += math.log(p)
+    return total
+
+
+def mixture_params(generator, count, num_mixtures, channels, spread=1.0):
+    """(count, P, 1, 1): random, with log-scales around -2."""
+    params = torch.randn(count, (channels + 1) * (channels + 2) // 2, num_mixtures, generator=generator) * spread
+    params[:, 1 + channels : 1 + 2 * channels] -= 2
+    return params.view(count, -1, 1, 1)
+
+
+def without_last_channel(params, num_mixtures, channels):
+    """The params of the first channels - 1 channels alone."""
+    logits, rest = params.unflatten(1, (-1, num_mixtures)).tensor_split([1], dim=1)
+    locations, log_scales, coefficients = rest.tensor_split([channels, 2 * channels], dim=1)
+    kept = coefficients[:, : (channels - 1) * (channels - 2) // 2]
+    return torch.cat([logits, locations[:, :-1], log_scales[:, :-1], kept], dim=1).flatten(1, 2)
+
+
+def test_a_mixture_has_a_logit_and_per_channel_a_location_a_scale_and_coefficients_to_the_earlier_ones():
+    for num_mixtures, channels in itertools.product([1, 4, 10], [1, 2, 3, 4]):
+        expected = num_mixtures * (1 + 2 * channels + channels * (channels - 1) // 2)
+        assert DiscretizedLogisticMixture(num_mixtures).param_channels(channels) == expected
+    assert DiscretizedLogisticMixture().num_mixtures == 10
+    likelihood = DiscretizedLogisticMixture(2)
+    for wrong in (1, 2, 7, 8, 10, 13, 22):
+        for call in (likelihood.mean, likelihood.sample):
+            with pytest.raises(ValueError, match=r"^params: got .*, expected 2 \* \(C \+ 1\)\(C \+ 2\) / 2 channels for some C$"):
+                call(torch.zeros(1, wrong, 2, 2))
+    with pytest.raises(ValueError, match="num_mixtures: got int 0, expected an integer of at least 1"):
+        DiscretizedLogisticMixture(0)
+
+
+@pytest.mark.parametrize("num_mixtures", [1, 3, 10])
+def test_a_mixture_sums_to_one_over_the_256_levels_of_one_channel(num_mixtures, generator):
+    likelihood = DiscretizedLogisticMixture(num_mixtures)
+    extreme = torch.tensor([-1e6, -100.0, -7.0, -1.0, 0.0, 1.0, 7.0, 100.0, 1e6])
+    params = torch.cat(
+        [mixture_params(generator, 50, num_mixtures, 1, spread) for spread in (0.3, 1, 3, 30)]
+        + [extreme[torch.randint(0, 9, (100, 3 * num_mixtures, 1, 1), generator=generator)]]
+    )
+    log_prob = likelihood.log_prob(likelihood.observe(RAMP).repeat(300, 1, 1, 1), params.repeat_interleave(256, 0))
+    assert torch.isfinite(log_prob).all()
+    total = log_prob.view(300, 256).double().exp().sum(1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_a_mixture_summed_over_its_last_channel_is_the_mixture_of_the_channels_before(channels, generator):
+    likelihood = DiscretizedLogisticMixture(3)
+    params = mixture_params(generator, 40, 3, channels)
+    earlier = likelihood.sample(params, generator)[:, :-1]
+    x = torch.cat([earlier.repeat_interleave(256, 0), likelihood.observe(RAMP).repeat(40, 1, 1, 1)], dim=1)
+    total = likelihood.log_prob(x, params.repeat_interleave(256, 0)).view(40, 256).logsumexp(1)
+    expected = likelihood.log_prob(earlier, without_last_channel(params, 3, channels))
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_mixture_agrees_with_plain_loops_over_pixels_components_and_channels(channels, generator):
+    likelihood = DiscretizedLogisticMixture(2)
+    params = mixture_params(generator, 2 * 2 * 3, 2, channels).double().view(2, 2, 3, -1).permute(0, 3, 1, 2)
+    pixels = torch.randint(0, 256, (2, channels, 2, 3), generator=generator)
+    pixels[0, :, 0, 0], pixels[1, :, 1, 2] = 0, 255
+    x = pixels.double() / 127.5 - 1
+    expected = mixture_log_prob_by_loops(x, params, 2)
+    torch.testing.assert_close(likelihood.log_prob(x, params), expected)
+    torch.testing.assert_close(likelihood.log_prob(x.float(), params.float()), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_mixture_of_one_component_without_coefficients_is_the_discretized_logistic(channels, generator):
+    one, mixture = DiscretizedLogistic(), DiscretizedLogisticMixture(1)
+    x = one.observe(torch.randint(0, 256, (5, channels, 4, 4), generator=generator, dtype=torch.uint8))
+    params = torch.randn(5, 2 * channels, 4, 4, generator=generator) * 10
+    logit, coefficients = torch.randn(5, 1, 4, 4, generator=generator), torch.zeros(5, channels * (channels - 1) // 2, 4, 4)
+    same = torch.cat([logit, params, coefficients], dim=1)
+    torch.testing.assert_close(mixture.log_prob(x, same), one.log_prob(x, params))
+    torch.testing.assert_close(mixture.mean(same), one.mean(params), rtol=0, atol=1 / 255)
+
+
+def test_a_mixture_puts_mass_on_two_separated_levels_which_one_logistic_cannot():
+    likelihood = DiscretizedLogistic()
+    x = likelihood.observe(RAMP[[40, 200]])
+    params = torch.tensor([0.0, 0.0, *x.flatten().tolist(), -7.0, -7.0]).view(1, 6, 1, 1).expand(2, 6, 1, 1)
+    assert (DiscretizedLogisticMixture(2).log_prob(x, params).exp() > 0.48).all()
+    grid = torch.cartesian_prod(torch.linspace(-1.5, 1.5, 61), torch.linspace(-7, 7, 57)).view(-1, 2, 1, 1)
+    both = torch.stack([likelihood.log_prob(level.expand(len(grid), 1, 1, 1), grid) for level in x.split(1)])
+    assert both.min(0).values.max().exp() < 1 / 160  # the 159 levels between weigh no less than the lighter of the two
+
+
+def test_samples_of_a_mixture_have_the_joint_probabilities_of_two_channels(generator):
+    likelihood = DiscretizedLogisticMixture(2)
+    params = torch.tensor([0.4, -0.2, -0.4, 0.3, 0.1, -0.95, -4.0, -4.5, -4.5, -4.0, 0.9, -1.2]).view(1, 12, 1, 1)
+    grid = torch.cartesian_prod(LEVELS, LEVELS).view(-1, 2, 1, 1) / 127.5 - 1
+    p = likelihood.log_prob(grid, params.expand(len(grid), -1, 1, 1)).double().exp()
+    draws = likelihood.sample(params.expand(100_000, -1, 1, 1), generator)
+    likelihood.check_values(draws)
+    level = likelihood.to_pixels(draws).flatten(1).long()
+    observed, expected = (level[:, 0] * 256 + level[:, 1]).bincount(minlength=65536), 100_000 * p
+    often = expected >= 5
+    lump = lambda counts: torch.cat([counts[often], counts[~often].sum().view(1)])  # noqa: E731
+    distance = ((lump(observed) - lump(expected)) ** 2 / lump(expected)).sum().item()
+    assert often.sum() > 400
+    assert 1e-4 < chi2.sf(distance, often.sum().item()) < 1 - 1e-4
+
+
+def test_the_third_channel_of_a_sample_depends_on_the_first_and_the_second(generator):
+    likelihood = DiscretizedLogisticMixture(1)
+    earlier = torch.tensor([60, 200]).view(1, 2, 1, 1) / 127.5 - 1  # nearly certain: scales of a ninth of a bin
+    first, second = earlier.flatten().tolist()
+    row = [0.0, first, second - math.tanh(0.2) * first, 0.1, -7.0, -7.0, -3.0, 0.2, 0.7, -0.4]
+    params = torch.tensor(row).view(1, 10, 1, 1)
+    draws = likelihood.sample(params.expand(40_000, -1, 1, 1), generator)
+    draws = draws[((draws[:, :2] - earlier).abs() < 1e-6).all(1).flatten()]
+    assert len(draws) > 36_000
+    share = likelihood.to_pixels(draws[:, 2]).flatten().long().bincount(minlength=256) / len(draws)
+    x = torch.cat([earlier.expand(256, 2, 1, 1), likelihood.observe(RAMP)], dim=1)
+    p = likelihood.log_prob(x, params.expand(256, -1, 1, 1)).softmax(0)
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / len(draws)).sqrt() + 1e-4).all()
+
+
+def test_the_mean_of_a_mixture_is_within_half_a_level_of_the_mean_of_its_256_probabilities(generator):
+    likelihood = DiscretizedLogisticMixture(3)
+    params = torch.cat([mixture_params(generator, 100, 3, 1, spread) for spread in (1, 3)])
+    x = likelihood.observe(RAMP)
+    p = likelihood.log_prob(x.repeat(200, 1, 1, 1), params.repeat_interleave(256, 0)).view(200, 256).exp()
+    torch.testing.assert_close(likelihood.mean(params).flatten(), p @ x.flatten(), rtol=0, atol=1 / 255)
+    smooth = params.double().unflatten(1, (3, 3)).clone()
+    smooth[:, 2] = smooth[:, 2].clamp(min=-3)
+    smooth, x = smooth.flatten(1, 2), x.double()
+    p = likelihood.log_prob(x.repeat(200, 1, 1, 1), smooth.repeat_interleave(256, 0)).view(200, 256).exp()
+    midpoint_rule = (2 / 255) ** 2 / 24 / (4 * math.exp(-3))  # width^2 / 24 times the steepest slope of a logistic function
+    torch.testing.assert_close(likelihood.mean(smooth).flatten(), p @ x.flatten(), rtol=0, atol=midpoint_rule + 1e-6)
+
+
+def test_the_mean_of_a_mixture_lets_each_channel_move_the_later_ones(generator):
+    likelihood = DiscretizedLogisticMixture(2)
+    row = [0.5, -0.5, -0.3, 0.6, 0.2, -0.1, 0.0, 0.3, -4.0, -3.5, -3.0, -4.0, -3.0, -3.5, 0.5, -0.6, -0.7, 0.4, 0.8, 0.3]
+    params = torch.tensor(row).view(1, 20, 1, 1)
+    draws = likelihood.sample(params.expand(40_000, -1, 1, 1), generator)
+    error = (likelihood.mean(params) - draws.mean(0)).abs()
+    assert (error <= 5 * draws.std(0) / 200).all()
+
+
+def test_the_mean_of_a_mixture_stays_within_the_levels_however_far_the_location():
+    likelihood = DiscretizedLogisticMixture(1)
+    for location in (1.5, 10.0, 1e3, 1e6):
+        for log_scale in (-100.0, -7.0, -2.0, 0.0, 2.0, 7.0, 100.0):
+            params = torch.tensor([0.0, location, log_scale]).view(1, 3, 1, 1)
+            mirrored = torch.tensor([0.0, -location, log_scale]).view(1, 3, 1, 1)
+            exact = DiscretizedLogistic().mean(params[:, 1:].double()).item()
+            assert likelihood.mean(params).item() == pytest.approx(exact, abs=1 / 255)
+            assert abs(likelihood.mean(params).item()) <= 1
+            assert likelihood.mean(mirrored).item() == -likelihood.mean(params).item()
+
+
+@pytest.mark.parametrize("size", [10.0, 1e3, 1e6])
+def test_a_mixture_has_finite_gradients_at_mixed_extremes(size, generator):
+    likelihood = DiscretizedLogisticMixture(4)
+    x = likelihood.observe(torch.randint(0, 256, (64, 3, 2, 2), generator=generator, dtype=torch.uint8))
+    sign = torch.randint(-1, 2, (64, 40, 2, 2), generator=generator)
+    params = (size * sign).requires_grad_()
+    log_prob = likelihood.log_prob(x, params)
+    (log_prob.sum() + likelihood.mean(params).sum()).backward()
+    assert torch.isfinite(log_prob).all()
+    assert torch.isfinite(params.grad).all()
+    assert (params.grad.flatten(1) != 0).any(1).all()
+
+
 def log_probs_of_all_values(likelihood, params):
     """Every value x can take, with its log-probability under params (1, P, 1, 1)."""
     values = torch.linspace(likelihood.lowest, likelihood.highest, likelihood.values).view(-1, 1, 1, 1)
     return values.flatten(), likelihood.log_prob(values, params.expand(len(values), -1, 1, 1))
 
 
-@pytest.mark.parametrize("likelihood", [Bernoulli(), DiscretizedLogistic()], ids=["bernoulli", "discretized_logistic"])
+@pytest.mark.parametrize(
+    "likelihood",
+    [Bernoulli(), DiscretizedLogistic(), Gaussian(0.08, discretized=True)],
+    ids=["bernoulli", "discretized_logistic", "discretized_gaussian"],
+)
 @pytest.mark.parametrize("first", [-0.95, 0.3, 0.97])
 def test_samples_have_the_probabilities_of_log_prob(likelihood, first, generator):
     params = torch.tensor([first, -3.0][: likelihood.params_per_value]).view(1, -1, 1, 1)
@@ -202,6 +491,8 @@ def test_a_sample_is_the_location_plus_the_scale_times_the_noise_of_the_generato
     seeded = lambda: torch.Generator().manual_seed(2)  # noqa: E731
     noise = torch.randn(3, 2, 4, 4, generator=seeded(), dtype=torch.float64)
     torch.testing.assert_close(Gaussian(0.5).sample(params, seeded()), params + 0.5 * noise)
+    levels = ((params + 0.5 * noise + 1) * 127.5).round().clamp(0, 255)
+    torch.testing.assert_close(Gaussian(0.5, discretized=True).sample(params, seeded()), levels / 127.5 - 1)
     u = torch.rand(3, 1, 4, 4, generator=seeded(), dtype=torch.float64)
     continuous = params[:, :1] + params[:, 1:].exp() * torch.logit(u)
     levels = ((continuous + 1) * 127.5).round().clamp(0, 255)
@@ -210,10 +501,10 @@ def test_a_sample_is_the_location_plus_the_scale_times_the_noise_of_the_generato
     assert torch.equal(Bernoulli().sample(params, seeded()), expected)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "discretized_logistic"])
-def test_samples_are_drawn_on_the_device_of_the_params(name):
-    likelihood = make_likelihood(name).to("meta")
-    assert likelihood.sample(torch.zeros(2, 2, 3, 3, device="meta")).device.type == "meta"
+@over_all
+def test_samples_are_drawn_on_the_device_of_the_params(config):
+    likelihood = make_likelihood(config).to("meta")
+    assert likelihood.sample(torch.zeros(2, likelihood.param_channels(3), 4, 4, device="meta")).device.type == "meta"
 
 
 def test_gaussian_samples_have_its_mean_and_scale(generator):
@@ -225,9 +516,9 @@ def test_gaussian_samples_have_its_mean_and_scale(generator):
     assert draws.std().item() == pytest.approx(0.3, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["gaussian", "discretized_logistic", "grey_bce_not_a_likelihood"])
-def test_pixels_survive_observe_and_to_pixels(name):
-    likelihood = make_likelihood(name)
+@pytest.mark.parametrize("config", [config for config in ALL if config != "bernoulli"])
+def test_pixels_survive_observe_and_to_pixels(config):
+    likelihood = make_likelihood(config)
     x = likelihood.observe(RAMP)
     assert x.dtype == torch.float32
     assert x.min().item() == likelihood.lowest
@@ -243,7 +534,7 @@ def test_to_pixels_rounds_and_clamps():
 def test_grey_bce_is_marked_as_no_likelihood_and_does_not_integrate_to_one():
     score = GreyBCENotALikelihood()
     assert not score.normalized
-    assert all(LIKELIHOODS[name]().normalized for name in ALL if name != "grey_bce_not_a_likelihood")
+    assert all(make_likelihood(config).normalized for config in ALL if config != "grey_bce_not_a_likelihood")
     x = torch.linspace(0, 1, 10_001).view(-1, 1, 1, 1)
     mass = torch.trapezoid(score.log_prob(x, torch.full_like(x, 2.0)).exp(), x.flatten()).item()
     p = 1 / (1 + math.exp(-2))
@@ -266,9 +557,26 @@ def test_bits_per_dim_is_refused_where_it_has_no_meaning(name):
         bits_per_dim(-1.0, 0, Bernoulli())
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_log_prob_is_per_image_and_independent_of_the_other_images(name, generator):
-    likelihood = make_likelihood(name)
+@over_all
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_params_of_low_precision_are_scored_in_float32_also_under_autocast(config, dtype, generator):
+    likelihood = make_likelihood(config)
+    x = likelihood.observe(torch.randint(0, 256, (4, 3, 5, 5), generator=generator, dtype=torch.uint8), generator)
+    params = params_for(likelihood, x, generator).to(dtype)
+    expected = likelihood.log_prob(x, params.float())
+    draw = likelihood.sample(params.float(), torch.Generator().manual_seed(0))
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            log_prob = likelihood.log_prob(x, params)
+            mean, again = likelihood.mean(params), likelihood.sample(params, torch.Generator().manual_seed(0))
+        for got, full in ((log_prob, expected), (mean, likelihood.mean(params.float())), (again, draw)):
+            assert got.dtype == torch.float32
+            assert torch.equal(got, full)
+
+
+@over_all
+def test_log_prob_is_per_image_and_independent_of_the_other_images(config, generator):
+    likelihood = make_likelihood(config)
     x = likelihood.observe(torch.randint(0, 256, (6, 2, 3, 4), generator=generator, dtype=torch.uint8), generator)
     params = params_for(likelihood, x, generator)
     together = likelihood.log_prob(x, params)
@@ -277,9 +585,9 @@ def test_log_prob_is_per_image_and_independent_of_the_other_images(name, generat
     torch.testing.assert_close(together, apart)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_wrong_x_is_refused_with_its_name(name):
-    likelihood = make_likelihood(name)
+@over_all
+def test_a_wrong_x_is_refused_with_its_name(config):
+    likelihood = make_likelihood(config)
     x = torch.zeros(2, 1, 4, 4) if likelihood.lowest == 0 else torch.full((2, 1, 4, 4), 1.0)
     params = params_for(likelihood, x)
     pixels = torch.full((2, 1, 4, 4), 200, dtype=torch.uint8)
@@ -288,7 +596,7 @@ def test_a_wrong_x_is_refused_with_its_name(name):
     with pytest.raises(ValueError, match=r"^x: got .*[; ]likelihood.observe\(pixels\) scales uint8 pixels$"):
         likelihood.log_prob(pixels.float(), params)
     no_number = "^x: got NaN, expected finite values$"
-    if name == "gaussian":
+    if config == "gaussian":
         no_number = r"^x: got NaN or values beyond \+-10, expected x on .*; likelihood.observe\(pixels\) scales uint8 pixels$"
     with pytest.raises(ValueError, match=no_number):
         likelihood.log_prob(torch.full_like(x, math.nan), params)
@@ -307,18 +615,18 @@ def test_a_wrong_x_is_refused_with_its_name(name):
     assert likelihood.log_prob(x * 300, params, validate=False).shape == (2,)  # only the values go unchecked
     colour = x.expand(2, 3, 4, 4)
     with pytest.raises(
-        ValueError, match=rf"^params: .*, expected shape \(2, {3 * likelihood.params_per_value}, 4, 4\) for x of shape"
+        ValueError, match=rf"^params: .*, expected shape \(2, {likelihood.param_channels(3)}, 4, 4\) for x of shape"
     ):
         likelihood.log_prob(colour, params)
     with pytest.raises(ValueError, match="params"):
         likelihood.log_prob(x, params[:1], validate=False)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_values_on_the_border_of_the_range_pass_and_values_beyond_do_not(name):
-    likelihood = make_likelihood(name)
-    border = 10.0 if name == "gaussian" else likelihood.highest
-    low = -10.0 if name == "gaussian" else likelihood.lowest
+@over_all
+def test_values_on_the_border_of_the_range_pass_and_values_beyond_do_not(config):
+    likelihood = make_likelihood(config)
+    border = 10.0 if config == "gaussian" else likelihood.highest
+    low = -10.0 if config == "gaussian" else likelihood.lowest
     for value in (border, low):
         likelihood.check_values(torch.full((1, 1, 2, 2), value))
         beyond = torch.tensor([value, value + (0.01 if value > 0 else -0.01)]).view(1, 1, 1, 2)
@@ -336,20 +644,21 @@ def test_bernoulli_refuses_grey_values():
     assert GreyBCENotALikelihood().log_prob(x, torch.zeros_like(x)).item() == pytest.approx(-3 * math.log(2))
 
 
-@pytest.mark.parametrize("name", ALL)
+@over_all
 @pytest.mark.parametrize(
     "bad", [torch.rand(2, 1, 4, 4), torch.zeros(0, 1, 4, 4, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.uint8), [1]]
 )
-def test_observe_wants_uint8_images(name, bad):
+def test_observe_wants_uint8_images(config, bad):
     with pytest.raises(ValueError, match=r"pixels: got .*expected"):
-        make_likelihood(name).observe(bad)
+        make_likelihood(config).observe(bad)
 
 
-def test_discretized_logistic_refuses_values_between_its_levels():
-    likelihood = DiscretizedLogistic()
+@pytest.mark.parametrize("config", ["discretized_logistic", "discretized_logistic_mixture", DISCRETIZED_GAUSSIAN])
+def test_a_likelihood_over_256_levels_refuses_values_between_them(config):
+    likelihood = make_likelihood(config)
     x = (RAMP / 255)[:4]  # in [0, 1], so that every other value lies between two levels
     with pytest.raises(ValueError, match=r"^x: got values between the 256 levels, expected level / 127.5 - 1"):
-        likelihood.log_prob(x, torch.zeros(4, 2, 1, 1))
+        likelihood.log_prob(x, params_for(likelihood, x))
     likelihood.check_values(likelihood.observe(RAMP))
     for shift, fits in ((0.008, True), (0.012, False), (-0.012, False)):
         x = torch.full((1, 1, 1, 1), (100 + shift) / 127.5 - 1, dtype=torch.float64)
@@ -390,7 +699,13 @@ def test_an_unknown_likelihood_is_answered_with_the_nearest_name():
 
 
 @pytest.mark.parametrize(
-    "config", [*ALL, {"name": "gaussian", "scale": 0.2, "learned": True}, {"name": "bernoulli", "binarize": "threshold"}]
+    "config",
+    [
+        *ALL,
+        {"name": "gaussian", "scale": 0.2, "learned": True},
+        {"name": "bernoulli", "binarize": "threshold"},
+        {"name": "discretized_logistic_mixture", "num_mixtures": 3},
+    ],
 )
 def test_a_likelihood_is_rebuilt_by_its_config(config):
     likelihood = make_likelihood(config)
@@ -402,7 +717,8 @@ def test_a_likelihood_is_rebuilt_by_its_config(config):
     assert likelihood.config["name"] == name
     if isinstance(config, dict):
         assert likelihood.config == config
-    assert again.values == {"bernoulli": 2, "discretized_logistic": 256}.get(name)
+    levels = name.startswith("discretized") or likelihood.config.get("discretized")
+    assert again.values == (256 if levels else {"bernoulli": 2}.get(name))
 
 
 def test_the_base_class_defines_no_distribution():
@@ -421,12 +737,13 @@ def test_the_base_class_defines_no_distribution():
     st.sampled_from([-1e6, -100.0, -8.0, 0.0, 8.0, 100.0, 1e6]),
     st.integers(0, 255),
 )
-def test_log_prob_and_its_gradient_are_finite_for_any_params(name, n, channels, side, dtype, value, level):
-    likelihood = make_likelihood(name)
+def test_log_prob_and_its_gradient_are_finite_for_any_params(config, n, channels, side, dtype, value, level):
+    likelihood = make_likelihood(config)
     x = likelihood.observe(torch.full((n, channels, side, side), level, dtype=torch.uint8)).to(dtype)
-    params = torch.full((n, likelihood.params_per_value * channels, side, side), value, dtype=dtype, requires_grad=True)
+    params = torch.full((n, likelihood.param_channels(channels), side, side), value, dtype=dtype, requires_grad=True)
     log_prob = likelihood.log_prob(x, params)
     assert log_prob.shape == (n,)
+    assert log_prob.dtype == dtype
     assert not torch.isnan(log_prob).any()
     assert torch.isfinite(log_prob).all()
     log_prob.sum().backward()
