@@ -109,3 +109,10 @@ def test_bad_arguments_are_refused(trained, test_set):
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_the_kl_of_the_units_adds_up_to_the_rate_whatever_the_batch_size(trained, test_set):
+    per_unit = vaelib.kl_per_unit(trained, test_set)
+    assert per_unit.shape == (trained.latent_dim,)
+    assert per_unit.sum().item() == pytest.approx(vaelib.evaluate(trained, test_set, elbo_samples=1).kl, rel=1e-5)
+    torch.testing.assert_close(vaelib.kl_per_unit(trained, test_set, batch_size=7), per_unit, rtol=1e-5, atol=1e-6)

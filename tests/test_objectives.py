@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Independent, Normal, kl_divergence
 
-from vaelib import ElboTerms, beta_elbo, gaussian_kl, gaussian_log_density, importance_weighted_bound, loss
+from vaelib import ElboTerms, beta_elbo, free_bits_kl, gaussian_kl, gaussian_log_density, importance_weighted_bound, loss
 
 
 def random_gaussians(generator, *shape):
@@ -103,6 +103,26 @@ def test_loss_is_minus_the_mean_over_images_of_the_sum_over_pixels():
         beta_elbo(terms, torch.ones(2, 1))
     with pytest.raises(ValueError, match="expected one number"):
         beta_elbo(terms, torch.ones(2))
+
+
+@pytest.mark.equation("free-bits")
+def test_free_bits_charge_each_unit_at_least_the_threshold_on_the_mean_of_the_batch():
+    per_unit = torch.tensor([[0.1, 2.0, 0.4], [0.3, 1.0, 0.8]], requires_grad=True)  # means 0.2, 1.5, 0.6
+    terms = ElboTerms(torch.tensor([-5.0, -2.0]), per_unit.sum(1), per_unit)
+    assert free_bits_kl(terms, 0.5).item() == pytest.approx(0.5 + 1.5 + 0.6)
+    assert free_bits_kl(terms, 0.0).item() == pytest.approx(terms.kl.mean().item())
+    assert loss(terms, 2.0, free_bits=0.5).item() == pytest.approx(3.5 + 2 * 2.6)
+    assert loss(terms, 2.0, free_bits=0.0).item() == loss(terms, 2.0).item()
+    loss(terms, 2.0, free_bits=0.5).backward()
+    assert per_unit.grad.tolist() == [[0, 1, 1], [0, 1, 1]]  # the unit below the threshold feels no pull; the others 2 * 1/2
+
+
+def test_free_bits_want_the_kl_of_each_unit_and_a_number_of_nats():
+    terms = ElboTerms(torch.tensor([-5.0, -2.0]), torch.tensor([1.0, 3.0]))
+    with pytest.raises(ValueError, match="terms: got no kl_per_unit, expected the KL of each latent unit"):
+        free_bits_kl(terms, 0.5)
+    with pytest.raises(ValueError, match="free_bits: got float -0.5"):
+        loss(terms, free_bits=-0.5)
 
 
 @pytest.mark.equation("importance-weighted-bound")

@@ -214,7 +214,7 @@ def test_heldout_elbo_is_vae_elbo_on_fresh_draws(small_vae, digits, generator):
     x = small_vae.likelihood.observe(images.pixels, generator)
     with torch.no_grad():
         fresh = small_vae.elbo(x, 5, generator=generator)
-    for mine, other in zip(estimate, fresh, strict=True):
+    for mine, other in zip(estimate[:2], fresh[:2], strict=True):
         assert abs(mine.mean() - other.mean()) < 4 * (mine - other).std() / math.sqrt(200)
 
 
@@ -318,9 +318,11 @@ def test_elbo_has_one_finite_number_per_image(n, image_shape, latent_dim, num_sa
     model = mlp_vae(image_shape, (4,), latent_dim)
     x = model.likelihood.observe(torch.full((n, *image_shape), level, dtype=torch.uint8))
     terms = model.elbo(x, num_samples)
-    for values in (*terms, terms.elbo):
+    for values in (terms.log_likelihood, terms.kl, terms.elbo):
         assert values.shape == (n,)
         assert torch.isfinite(values).all()
+    assert terms.kl_per_unit.shape == (n, latent_dim)
+    torch.testing.assert_close(terms.kl_per_unit.sum(1), terms.kl)
     assert model.log_weights(x, num_samples).shape == (num_samples, n)
 
 

@@ -133,3 +133,17 @@ def active_units(model: VAE, images: ImageSet | Tensor, threshold: float = 0.01,
     if len(images if isinstance(images, Tensor) else images.pixels) < 2:
         raise ValueError("images: got one image, expected at least two: a variance over images is asked for")
     return posterior_means(model, images, batch_size, seed).var(0) > threshold
+
+
+def kl_per_unit(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
+    """The mean over images of each latent unit's KL: (L,), nats, on the CPU. Their sum is the mean rate. eq. gaussian-kl
+
+    A unit at 0 carries nothing: its posterior has collapsed onto the prior.
+    """
+    pixels = images.pixels if isinstance(images, ImageSet) else images
+    total = torch.zeros(model.latent_dim, dtype=torch.float64)
+    with evaluating(model):
+        for x, keys in observations(model, pixels, batch_size, seed):
+            eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
+            total += model.elbo(x, 1, eps, validate=False).kl_per_unit.sum(0).cpu().double()
+    return (total / len(pixels)).float()

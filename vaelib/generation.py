@@ -25,7 +25,9 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
     check_int("num_images", num_images)
     check_number("temperature", temperature)
     generator = None if seed is None else torch.Generator().manual_seed(check_seed("seed", seed))
-    return decode_pixels(model, temperature * torch.randn(num_images, model.latent_dim, generator=generator))
+    eps = temperature * torch.randn(num_images, model.latent_dim, generator=generator)
+    with evaluating(model):
+        return decode_pixels(model, model.sample_prior(eps.to(model.device)))
 
 
 def reconstruct(model: VAE, pixels: Tensor, seed: int = 0) -> Tensor:

@@ -20,10 +20,12 @@ class ElboTerms(NamedTuple):
     Attributes:
         log_likelihood: E_q[log p(x given z)], (N,), nats; minus the distortion.
         kl: KL(q(z given x) || p(z)), (N,), nats; the rate.
+        kl_per_unit: the same by latent unit, (N, L), nats; their sum is `kl`. None where nobody computed it.
     """
 
     log_likelihood: Tensor
     kl: Tensor
+    kl_per_unit: Tensor | None = None
 
     @property
     def elbo(self) -> Tensor:
@@ -39,14 +41,21 @@ def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None = None,
     Raises:
         ValueError: If the shapes differ: nothing is broadcast.
     """
+    return gaussian_kl_per_unit(mean, log_var, prior_mean, prior_log_var).sum(-1)
+
+
+def gaussian_kl_per_unit(
+    mean: Tensor, log_var: Tensor, prior_mean: Tensor | None = None, prior_log_var: Tensor | None = None
+) -> Tensor:
+    """The terms that `gaussian_kl` adds up, one for each latent unit: (N, L) -> (N, L), nats. eq. gaussian-kl"""
     if prior_mean is None and prior_log_var is None:
         check_same_shape(mean=mean, log_var=log_var)
-        return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(-1)
+        return 0.5 * (mean**2 + log_var.exp() - 1 - log_var)
     prior_mean = torch.zeros_like(mean) if prior_mean is None else prior_mean
     prior_log_var = torch.zeros_like(log_var) if prior_log_var is None else prior_log_var
     check_same_shape(mean=mean, log_var=log_var, prior_mean=prior_mean, prior_log_var=prior_log_var)
     difference = log_var - prior_log_var
-    return 0.5 * ((mean - prior_mean) ** 2 * (-prior_log_var).exp() + difference.exp() - 1 - difference).sum(-1)
+    return 0.5 * ((mean - prior_mean) ** 2 * (-prior_log_var).exp() + difference.exp() - 1 - difference)
 
 
 def gaussian_log_density(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
@@ -84,6 +93,25 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
 
 
-def loss(terms: ElboTerms, beta: float | Tensor = 1.0) -> Tensor:
-    """What the optimizer minimizes: minus the mean over the batch of the (beta-)ELBO, a scalar, nats per image. eq. loss"""
+def free_bits_kl(terms: ElboTerms, free_bits: float) -> Tensor:
+    """Sum over latent units of max(free_bits, mean over the batch of the unit's KL): a scalar, nats. eq. free-bits
+
+    A unit below the threshold costs the same as one at it, so nothing pulls it to the prior. Kingma et al. 2016, appendix C.8.
+
+    Raises:
+        ValueError: If free_bits is negative, or the terms hold no `kl_per_unit`.
+    """
+    check_number("free_bits", free_bits)
+    if terms.kl_per_unit is None:
+        raise ValueError("terms: got no kl_per_unit, expected the KL of each latent unit, as VAE.elbo gives it")
+    return terms.kl_per_unit.mean(0).clamp(min=free_bits).sum()
+
+
+def loss(terms: ElboTerms, beta: float | Tensor = 1.0, free_bits: float = 0.0) -> Tensor:
+    """What the optimizer minimizes: minus the mean over the batch of the (beta-)ELBO, a scalar, nats per image. eq. loss
+
+    With `free_bits` the KL term is `free_bits_kl`.
+    """
+    if free_bits:
+        terms = ElboTerms(terms.log_likelihood.mean(), free_bits_kl(terms, free_bits))
     return -beta_elbo(terms, beta).mean()

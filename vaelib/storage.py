@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from vaelib._validation import check_choice
-from vaelib.vae import VAE, mlp_vae
+from vaelib.hierarchical import hierarchical_vae
+from vaelib.vae import VAE, conv_vae, mlp_vae
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MODELS = {"mlp": mlp_vae}
+MODELS = {"mlp": mlp_vae, "conv": conv_vae, "hierarchical": hierarchical_vae}
 
 
 def writable_folder(argument: str, path: str | Path) -> Path:
@@ -60,7 +61,8 @@ def save(model: VAE, path: str | Path) -> None:
         ValueError: If the folder cannot be written, or the model was not built by a function of vaelib and so has no config.
     """
     if model.config is None:
-        raise ValueError("model: got a VAE without a config, expected one built by mlp_vae; save its state_dict() yourself")
+        builders = ", ".join(builder.__name__ for builder in MODELS.values())
+        raise ValueError(f"model: got a VAE without a config, expected one built by {builders}; save its state_dict() yourself")
     if signature(model) != signature(build(model.config)):
         raise ValueError(
             "model: got a VAE that its config does not build again (other parts or dtype); save its state_dict() yourself"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ from vaelib import noise
 from vaelib._validation import check_image_shape, check_int, check_observation, check_pixels, check_same_shape, describe
 from vaelib.data import ImageSet
 from vaelib.likelihoods import Likelihood, make_likelihood
-from vaelib.networks import MLPDecoder, MLPEncoder
-from vaelib.objectives import ElboTerms, gaussian_kl, gaussian_log_density, importance_weighted_bound
+from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
+from vaelib.objectives import ElboTerms, gaussian_kl_per_unit, gaussian_log_density, importance_weighted_bound
 
 
 class Posterior(NamedTuple):
@@ -43,8 +44,11 @@ class VAE(nn.Module):
         decoder: module from z (N, L) to the likelihood's params (N, P*C, H, W).
         likelihood: p(x given z), see `vaelib.likelihoods`.
         image_shape: (C, H, W).
-        latent_dim: L.
+        latent_dim: L, or (channels, height, width) of latents that are laid out in space: L is then their product.
         config: what builds the model again (`mlp_vae` sets it); without it `save` refuses.
+
+    Attributes:
+        latent_shape: the shape that one code z has for the networks: (L,) or (channels, height, width).
     """
 
     def __init__(
@@ -53,13 +57,14 @@ class VAE(nn.Module):
         decoder: nn.Module,
         likelihood: Likelihood,
         image_shape: Sequence[int],
-        latent_dim: int,
+        latent_dim: int | Sequence[int],
         config: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
         self.image_shape = check_image_shape("image_shape", image_shape)
-        self.latent_dim = check_int("latent_dim", latent_dim)
+        self.latent_shape = check_latent_dim(latent_dim)
+        self.latent_dim = math.prod(self.latent_shape)
         self.config = config
 
     @property
@@ -67,24 +72,28 @@ class VAE(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    def forward(self, x: Tensor, eps: Tensor | None = None) -> ElboTerms:
+        """`elbo` without a look at the values of x: what DistributedDataParallel and torch.compile wrap."""
+        return self.elbo(x, 1 if eps is None else len(eps), eps, validate=False)
+
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
         """q(z given x), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L).
 
         With `validate` the values of x are checked (NaN, range); shape, dtype and device always are.
         """
-        check_observation("x", x, self.image_shape)
-        weight = next(self.encoder.parameters(), x)
-        if (x.dtype, x.device) != (weight.dtype, weight.device):
-            raise ValueError(f"x: got {x.dtype} on {x.device}, expected {weight.dtype} on {weight.device} as the encoder's weights")
-        if validate:
-            self.likelihood.check_values(x)
-        return Posterior(*self.encoder(x))
+        self.check_input(x, validate)
+        mean, log_var = self.encoder(x)
+        return Posterior(mean.to(x.dtype), log_var.to(x.dtype))
 
     def decode(self, z: Tensor) -> Tensor:
-        """The likelihood's params at z: (N, L) -> (N, P*C, H, W)."""
-        if z.dim() != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z: got {describe(z)}, expected shape (N, {self.latent_dim})")
-        return self.decoder(z)
+        """The likelihood's params at z: (N, L) -> (N, P, H, W), in the dtype of z."""
+        self.check_code(z)
+        return self.decoder(z).to(z.dtype)
+
+    def sample_prior(self, eps: Tensor) -> Tensor:
+        """z from p(z), made of standard normal noise: (N, L) -> (N, L); here p(z) = N(0, I), so z = eps."""
+        self.check_code(eps)
+        return eps
 
     def elbo(
         self,
@@ -103,11 +112,11 @@ class VAE(nn.Module):
             validate: whether the values of x are checked (NaN, range); shapes always are.
 
         Returns:
-            ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats.
+            ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats, and `.kl_per_unit` (N, L).
         """
-        mean, log_var = self.encode(x, validate)
-        z = self._draw(mean, log_var, num_samples, eps, generator)
-        return ElboTerms(self._log_likelihood(x, z).mean(0), gaussian_kl(mean, log_var))
+        log_likelihood, _, posterior, prior = self._infer_and_score(x, num_samples, eps, generator, validate)
+        kl = mean_over_samples(gaussian_kl_per_unit(*posterior) if prior is None else gaussian_kl_per_unit(*posterior, *prior))
+        return ElboTerms(mean_over_samples(log_likelihood), kl.sum(1), kl)
 
     def log_weights(
         self,
@@ -121,11 +130,10 @@ class VAE(nn.Module):
 
         Parameters are those of `elbo`.
         """
-        mean, log_var = self.encode(x, validate)
-        z = self._draw(mean, log_var, num_samples, eps, generator)
-        log_prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z))
-        log_posterior = gaussian_log_density(z, mean.expand_as(z), log_var.expand_as(z))
-        return self._log_likelihood(x, z) + log_prior - log_posterior
+        log_likelihood, z, posterior, prior = self._infer_and_score(x, num_samples, eps, generator, validate)
+        prior = prior or Posterior(torch.zeros_like(z), torch.zeros_like(z))
+        log_posterior = gaussian_log_density(z, posterior.mean.expand_as(z), posterior.log_var.expand_as(z))
+        return log_likelihood + gaussian_log_density(z, *prior) - log_posterior
 
     def importance_weighted_bound(
         self,
@@ -138,20 +146,62 @@ class VAE(nn.Module):
         """The bound with K = num_samples draws: (N,), nats. eq. importance-weighted-bound"""
         return importance_weighted_bound(self.log_weights(x, num_samples, eps, generator, validate))
 
-    def _draw(
-        self, mean: Tensor, log_var: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
-        """z (K, N, L)."""
-        shape = (check_int("num_samples", num_samples), *mean.shape)
-        if eps is not None and eps.shape != shape:
+    def infer(
+        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
+    ) -> tuple[Tensor, Posterior, Posterior | None]:
+        """z (K, N, L) drawn from q, the q that it came from, and the prior that it meets; parameters are those of `elbo`.
+
+        q is given as (1, N, L) where it is the same for all K draws. The prior is None where it is N(0, I).
+        """
+        mean, log_var = self.encode(x, validate)
+        eps = self._noise(x, num_samples, eps, generator)
+        z = reparameterize(mean.expand_as(eps), log_var.expand_as(eps), eps)
+        return z, Posterior(mean[None], log_var[None]), None
+
+    def check_input(self, x: Tensor, validate: bool) -> None:
+        """ValueError unless x has the model's shape, dtype and device and, with `validate`, values of the likelihood's range."""
+        check_observation("x", x, self.image_shape)
+        weight = next(self.encoder.parameters(), x)
+        if (x.dtype, x.device) != (weight.dtype, weight.device):
+            raise ValueError(f"x: got {x.dtype} on {x.device}, expected {weight.dtype} on {weight.device} as the encoder's weights")
+        if validate:
+            self.likelihood.check_values(x)
+
+    def check_code(self, z: Tensor) -> None:
+        """ValueError unless z has shape (N, L)."""
+        if z.dim() != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"z: got {describe(z)}, expected shape (N, {self.latent_dim})")
+
+    def _noise(self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """`eps` after a check of its shape, or new noise (K, N, L)."""
+        shape = (check_int("num_samples", num_samples), len(x), self.latent_dim)
+        if eps is None:
+            return torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype)
+        if eps.shape != shape:
             raise ValueError(f"eps: got {describe(eps)}, expected shape {shape}, (num_samples, N, latent_dim)")
-        return reparameterize(mean.expand(shape), log_var.expand(shape), eps, generator)
+        return eps
+
+    def _infer_and_score(
+        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
+    ) -> tuple[Tensor, Tensor, Posterior, Posterior | None]:
+        """log p(x given z), (K, N), and what `infer` gives."""
+        z, posterior, prior = self.infer(x, num_samples, eps, generator, validate)
+        return self._log_likelihood(x, z), z, posterior, prior
 
     def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x given z) for z (K, N, L): (K, N)."""
-        params = self.decode(z.flatten(0, 1))
-        repeated = x.expand(len(z), *x.shape).flatten(0, 1)
-        return self.likelihood.log_prob(repeated, params, validate=False).view(z.shape[:2])
+        return self._score(x, self.decode(z.flatten(0, 1)))
+
+    def _score(self, x: Tensor, params: Tensor) -> Tensor:
+        """log p(x) under params for x (N, C, H, W) and params (K*N, P, H, W): (K, N)."""
+        num_samples = len(params) // len(x)
+        repeated = x if num_samples == 1 else x.expand(num_samples, *x.shape).flatten(0, 1)
+        return self.likelihood.log_prob(repeated, params, validate=False).view(num_samples, len(x))
+
+
+def mean_over_samples(values: Tensor) -> Tensor:
+    """The mean over the first axis; for one sample that sample, which is cheaper."""
+    return values[0] if len(values) == 1 else values.mean(0)
 
 
 @contextmanager
@@ -222,13 +272,49 @@ def mlp_vae(
         raise ValueError(f"hidden_dims: got {describe(hidden_dims)}, expected a sequence of integers such as (400,)")
     hidden_dims = tuple(hidden_dims)
     encoder = MLPEncoder(image_shape, hidden_dims, latent_dim, activation)
-    decoder = MLPDecoder(latent_dim, hidden_dims[::-1], image_shape, likelihood.params_per_value, activation)
+    decoder = MLPDecoder(latent_dim, hidden_dims[::-1], image_shape, likelihood.param_channels(image_shape[0]), activation)
     config = {
         "model": "mlp",
         "image_shape": list(image_shape),
         "hidden_dims": list(hidden_dims),
         "latent_dim": latent_dim,
         "likelihood": likelihood.config,
+        "activation": activation,
+    }
+    return VAE(encoder, decoder, likelihood, image_shape, latent_dim, config)
+
+
+def conv_vae(
+    image_shape: Sequence[int] = (3, 32, 32),
+    latent_dim: int | Sequence[int] = 128,
+    likelihood: str | dict[str, Any] | Likelihood = "discretized_logistic",
+    channels: Sequence[int] = (32, 64, 128),
+    residual_blocks: int = 0,
+    activation: str = "gelu",
+) -> VAE:
+    """A VAE of strided convolutions; the decoder mirrors the encoder.
+
+    Args:
+        image_shape: (C, H, W), sides of at least 2 to the number of stages.
+        latent_dim: size of z, or (channels, height, width) such as (64, 8, 8) for latents laid out in space; the image's sides,
+            halved and rounded down at most once per stage, must come to that height and width.
+        likelihood: a name, a config or a `Likelihood`.
+        channels: of each of the encoder's stages.
+        residual_blocks: residual blocks at each stage, in the encoder and in the decoder.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
+    """
+    likelihood = make_likelihood(likelihood)
+    image_shape, channels = check_image_shape("image_shape", image_shape), check_channels(channels)
+    encoder = ConvEncoder(image_shape, channels, latent_dim, residual_blocks, activation)
+    param_channels = likelihood.param_channels(image_shape[0])
+    decoder = ConvDecoder(latent_dim, channels[::-1], image_shape, param_channels, residual_blocks, activation)
+    config = {
+        "model": "conv",
+        "image_shape": list(image_shape),
+        "latent_dim": latent_dim if isinstance(latent_dim, int) else list(latent_dim),
+        "likelihood": likelihood.config,
+        "channels": list(channels),
+        "residual_blocks": residual_blocks,
         "activation": activation,
     }
     return VAE(encoder, decoder, likelihood, image_shape, latent_dim, config)
