@@ -22,9 +22,10 @@ def run_folder(vaelib_command, tmp_path_factory):
 
 
 def test_train_leaves_a_model_its_history_and_a_record_of_the_run(run_folder):
-    assert sorted(path.name for path in run_folder.iterdir()) == ["config.json", "history.json", "model.safetensors", "run.json"]
+    files = ["checkpoint.pt", "config.json", "history.jsonl", "model.safetensors", "run.json"]
+    assert sorted(path.name for path in run_folder.iterdir()) == files
     assert vaelib.load(run_folder).latent_dim == 4
-    assert len(json.loads((run_folder / "history.json").read_text())) == 3
+    assert [json.loads(line)["epoch"] for line in (run_folder / "history.jsonl").read_text().splitlines()] == [1, 2, 3]
     record = json.loads((run_folder / "run.json").read_text())
     assert record["command"].startswith("vaelib train --data digits")
     assert {"seed", "commit", "versions", "hardware", "seconds", "metrics"} <= set(record)
@@ -99,6 +100,6 @@ def test_a_diverged_run_says_so_and_saves_nothing(vaelib_command, tmp_path):
     wild = ("--optimizer", "SGD", "--learning-rate", "1e38", "--schedule", "constant", "--warmup", "0", "--clip-norm", "0")
     done = vaelib_command("train", *QUICK, *wild, "--out", tmp_path / "run", "--json")
     assert done.returncode == 2
-    assert "vaelib: error: epoch 1: the" in done.stderr
+    assert "vaelib: error: epoch 1, step 2: the" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -207,3 +207,33 @@ def test_wrong_shapes_are_refused():
         LinearGaussian(torch.zeros(3, 2), torch.zeros(3), 0.0)
     with pytest.raises(ValueError, match="expected a validation set|expected valid"):
         fit(mlp_vae((1, 8, 8), (), 2), image_set(torch.zeros(200, 1, 8, 8, dtype=torch.uint8)), config=TrainConfig(patience=1))
+
+
+@pytest.mark.equation("dequantization")
+def test_uniform_noise_bounds_the_probability_of_the_pixels_from_below():
+    """Two pixels with strong correlation: the bound against the Gaussian's mass on each unit square, by quadrature."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(40_000, generator=generator)
+    pair = torch.stack([common, common + 0.5 * torch.randn(40_000, generator=generator)], dim=1)
+    pixels = (127 + 4 * pair).floor().clamp(0, 255).to(torch.uint8).view(-1, 1, 1, 2)
+    train, test = pixels[:20_000], pixels[20_000:]
+    x = train.flatten(1).double() + 0.5
+    covariance = torch.cov(x.T, correction=0) + torch.eye(2, dtype=torch.float64) / 12
+    gaussian = torch.distributions.MultivariateNormal(x.mean(0), covariance)
+    inside = (torch.arange(20, dtype=torch.float64) + 0.5) / 20
+    square = torch.cartesian_prod(inside, inside)  # midpoints of a fine grid within the unit square
+    mass = gaussian.log_prob(test.flatten(1)[:, None] + square).logsumexp(1) - math.log(400)
+    bound = vaelib.oracles.gaussian_pixels_log_prob(train, test)
+    gap = mass - bound
+    standard_error = (gap.std() / math.sqrt(len(gap))).item()
+    assert 0 < gap.mean().item() < 0.05
+    assert gap.mean().item() > 4 * standard_error
+    entropy = gaussian.entropy().item()
+    assert -bound.mean().item() == pytest.approx(entropy, abs=5 * (bound.std() / math.sqrt(len(bound))).item())
+
+
+def test_the_gaussian_of_pixels_refuses_images_of_other_shapes():
+    with pytest.raises(ValueError, match=r"test: got images of shape \(1, 1, 3\), expected \(1, 1, 2\)"):
+        vaelib.oracles.gaussian_pixels_log_prob(
+            torch.zeros(9, 1, 1, 2, dtype=torch.uint8), torch.zeros(9, 1, 1, 3, dtype=torch.uint8)
+        )

@@ -70,8 +70,8 @@ def imports_of(module):
 
 
 ORDER = [
-    *("_validation", "data", "likelihoods", "objectives", "noise", "networks", "vae", "training"),
-    *("storage", "evaluation", "generation", "oracles", "ledger", "plotting", "cli"),
+    *("_validation", "data", "likelihoods", "objectives", "noise", "networks", "vae", "hierarchical", "storage"),
+    *("checkpoints", "distributed", "training", "evaluation", "generation", "oracles", "ledger", "plotting", "cli"),
 ]
 
 

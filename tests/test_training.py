@@ -2,13 +2,14 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 
 import vaelib
 from vaelib import ElboTerms, History, TrainConfig, fit, heldout_elbo, image_set, mlp_vae, train_valid_split
-from vaelib.training import OPTIMIZERS, choose_device, learning_rate_factor, make_optimizer
+from vaelib.training import OPTIMIZERS, choose_device, epoch_order, learning_rate_factor, make_optimizer
 
 QUIET = {"progress": False, "device": "cpu"}
 
@@ -85,7 +86,7 @@ def test_one_step_of_fit_is_one_step_of_gradient_descent_on_minus_the_elbo(model
     )
     fit(model, images, config=config)
     generator = torch.Generator().manual_seed(0)
-    pixels = next(vaelib.minibatches(images, 16, generator))
+    pixels = next(vaelib.minibatches(images, 16, epoch_order(seed=0, epoch=1)))
     terms = reference.elbo(reference.likelihood.observe(pixels, generator), generator=generator)
     (terms.log_likelihood - 2 * terms.kl).mean().backward()  # ascent on the beta-ELBO
     with torch.no_grad():
@@ -207,9 +208,9 @@ def test_ctrl_c_keeps_what_was_learned(monkeypatch, model, split):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(model, split):
-    config = TrainConfig(epochs=3, batch_size=50, optimizer="SGD", learning_rate=1e6, schedule="constant", clip_norm=None, **QUIET)
+    config = TrainConfig(epochs=3, batch_size=50, optimizer="SGD", learning_rate=1e4, schedule="constant", clip_norm=None, **QUIET)
     with pytest.raises(
-        FloatingPointError, match="epoch 1: the training (log-likelihood|KL) is (nan|inf|-inf); try a lower learning_rate"
+        FloatingPointError, match="epoch 1, step 3: the training (log-likelihood|KL) is (nan|inf|-inf); try a lower learning_rate"
     ):
         fit(model, split[0], config=config)
 
@@ -321,7 +322,7 @@ def test_a_last_step_that_breaks_the_weights_is_noticed(model, split):
     config = TrainConfig(
         epochs=1, batch_size=500, optimizer="SGD", learning_rate=1e39, schedule="constant", warmup=0, clip_norm=None, **QUIET
     )
-    with pytest.raises(FloatingPointError, match="epoch 1: the weight .* is not finite"):
+    with pytest.raises(FloatingPointError, match="epoch 1, the weight .* is not finite"):
         fit(model, split[0], config=config)
 
 
@@ -329,3 +330,175 @@ def test_unknown_and_absent_devices_are_refused():
     for device in ("meta", "xpu", "gpu", "cuda:99", "cpu:3"):
         with pytest.raises(ValueError, match="device: got"):
             choose_device(device)
+
+
+def one_step(**changes):
+    """Weights before and after one SGD step on 16 digits."""
+    torch.manual_seed(0)
+    model = mlp_vae((1, 28, 28), (32,), 4)
+    start = weights(model)
+    config = {"epochs": 1, "batch_size": 16, "optimizer": "SGD", "learning_rate": 1e-3, "schedule": "constant", "warmup": 0}
+    history = fit(model, vaelib.load_images("digits")[:16], config=TrainConfig(**config | QUIET | changes))
+    return start, weights(model), history
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}])  # the fused optimizer skips in its kernel, the other is not called
+def test_a_step_whose_gradient_is_too_large_is_left_out_and_counted(split, options):
+    start, end, history = one_step(skip_norm=1e6, optimizer_options=options)
+    assert history["skipped_steps"] == [0]
+    assert not torch.equal(start, end)
+    norm = history["gradient_norm"][0]
+    with pytest.raises(FloatingPointError, match="epoch 1, the gradient's norm was not finite, or above skip_norm, in all 1 steps"):
+        one_step(skip_norm=0.99 * norm, optimizer_options=options)
+    torch.manual_seed(0)
+    model = mlp_vae((1, 28, 28), (32,), 4)
+    config = {"epochs": 1, "batch_size": 50, "schedule": "constant", "skip_norm": 100.0, "optimizer_options": options, **QUIET}
+    history = fit(model, split[0], config=TrainConfig(**config))
+    assert 0 < history[0]["skipped_steps"] < 10
+    assert history[0]["gradient_norm"] < 100  # of the steps that were taken
+
+
+def test_an_infinite_gradient_behind_a_finite_loss_costs_one_step_and_no_weight(monkeypatch, model, split):
+    elbo, calls = model.elbo, []
+
+    def once_infinite(*args, **kwargs):
+        calls.append(1)
+        terms = elbo(*args, **kwargs)
+        return terms._replace(kl=terms.kl + 0 * (terms.kl.detach() - terms.kl).sqrt()) if len(calls) == 4 else terms
+
+    monkeypatch.setattr(model, "elbo", once_infinite)
+    history = fit(model, split[0], config=TrainConfig(epochs=1, batch_size=50, **QUIET))
+    assert history[0]["skipped_steps"] == 1
+    assert torch.isfinite(weights(model)).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}])
+def test_a_clipped_step_is_the_whole_step_made_shorter(options):
+    start, whole, history = one_step(clip_norm=None, optimizer_options=options)
+    _, clipped, _ = one_step(clip_norm=history["gradient_norm"][0] / 10, optimizer_options=options)
+    torch.testing.assert_close(clipped - start, (whole - start) / 10, rtol=1e-3, atol=1e-6)
+
+
+def test_the_average_of_the_weights_is_what_is_validated_and_kept(split):
+    results = {}
+    for decay in (None, 0.0, 0.5):
+        torch.manual_seed(0)
+        model = mlp_vae((1, 28, 28), (32,), 4)
+        start = weights(model)
+        steps = []
+        likelihood_of = model.likelihood.observe
+        model.likelihood.observe = lambda *args, model=model, of=likelihood_of, steps=steps, **kwargs: (
+            steps.append(weights(model)) or of(*args, **kwargs)
+        )
+        config = TrainConfig(epochs=1, batch_size=250, ema_decay=decay, schedule="constant", **QUIET)
+        history = fit(model, *split, config)
+        del model.likelihood.observe
+        assert history[0]["valid_elbo"] == pytest.approx(heldout_elbo(model, split[1]).elbo.mean().item(), rel=1e-6)
+        results[decay] = start, steps, weights(model)
+    _, _, plain = results[None]
+    assert torch.equal(results[0.0][2], plain)
+    start, (_, first, *_), end = results[0.5]
+    by_hand = start.lerp(first, 1 - 1 / 10).lerp(plain, 1 - 2 / 11)  # the decay of step t is at most t / (9 + t)
+    torch.testing.assert_close(end, by_hand)
+
+
+def test_flips_mirror_about_half_of_the_images_and_change_nothing_else(monkeypatch, model, split):
+    seen = []
+    observe = model.likelihood.observe
+    monkeypatch.setattr(model.likelihood, "observe", lambda pixels, noise: seen.append(pixels) or observe(pixels, noise))
+    fit(model, split[0], config=TrainConfig(epochs=1, batch_size=100, flip=True, **QUIET))
+    pixels = torch.cat(seen)
+    order = torch.cat(list(vaelib.minibatches(split[0], 100, epoch_order(0, 1))))
+    same, mirrored = ((pixels == other).flatten(1).all(1) for other in (order, order.flip(3)))
+    assert (same | mirrored).all()
+    assert 200 < mirrored.sum() < 300  # half of 500, and 4.5 standard errors
+
+
+def test_free_bits_keep_units_alive_that_the_elbo_would_close(split):
+    """With free bits each unit's KL ends near the threshold or above; without, a heavy KL weight closes them all."""
+    kl = {}
+    for free_bits in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = mlp_vae((1, 28, 28), (32,), 4)
+        fit(model, split[0], config=TrainConfig(epochs=20, batch_size=50, beta=20.0, free_bits=free_bits, **QUIET))
+        kl[free_bits] = vaelib.kl_per_unit(model, split[1])
+    assert kl[0.0].max() < 0.3
+    assert kl[0.5].min() > 0.4
+
+
+def test_bf16_trains_as_well_as_float32_with_losses_in_float32(monkeypatch, split):
+    scores, dtypes = {}, set()
+    for precision in ("float32", "bf16"):
+        torch.manual_seed(0)
+        model = mlp_vae((1, 28, 28), (32,), 4)
+        elbo = model.elbo
+
+        def watched(*args, of=elbo, **kwargs):
+            terms = of(*args, **kwargs)
+            dtypes.update(term.dtype for term in terms)
+            return terms
+
+        monkeypatch.setattr(model, "elbo", watched)
+        layers = set()
+        handle = model.decoder.head.register_forward_hook(lambda layer, x, y, layers=layers: layers.add(y.dtype))
+        fit(model, split[0], config=TrainConfig(epochs=8, batch_size=50, precision=precision, **QUIET))
+        handle.remove()
+        assert layers == {{"float32": torch.float32, "bf16": torch.bfloat16}[precision]}
+        monkeypatch.undo()
+        scores[precision] = heldout_elbo(model, split[1], num_samples=5).elbo.mean().item()
+    assert dtypes == {torch.float32}
+    assert scores["bf16"] == pytest.approx(scores["float32"], abs=3)
+
+
+def test_the_history_goes_to_json_lines_and_to_tensorboard(model, split, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    history = fit(model, *split, TrainConfig(epochs=2, **QUIET), folder=tmp_path, tensorboard=True)
+    assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == list(history)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == set(history[0])
+    assert [event.value for event in events.Scalars("valid_elbo")] == pytest.approx(history["valid_elbo"])
+
+
+def test_tensorboard_asked_for_where_it_is_not_installed_is_refused(monkeypatch, model, split, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match="tensorboard: the package is not installed; pip install tensorboard"):
+        fit(model, split[0], config=TrainConfig(epochs=1, **QUIET), folder=tmp_path, tensorboard=True)
+    with pytest.raises(ValueError, match="folder: got None, expected a folder to write TensorBoard"):
+        fit(model, split[0], config=TrainConfig(epochs=1, **QUIET), tensorboard=True)
+
+
+def test_no_number_leaves_the_device_within_an_epoch(monkeypatch, model, split):
+    """The steps make no host sync: no item(), tolist(), bool() or copy to the CPU between the first batch and the last."""
+    synced, inside = [], []
+    observe = model.likelihood.observe
+    monkeypatch.setattr(model.likelihood, "observe", lambda *args: inside.append(1) or observe(*args))
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(tensor, *args, name=name, original=original):
+            if 0 < len(inside) < 5:
+                synced.append(name)
+            return original(tensor, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    fit(model, split[0], config=TrainConfig(epochs=1, batch_size=100, skip_norm=1e9, ema_decay=0.9, **QUIET))
+    assert len(inside) == 5
+    assert synced == []
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_takes_the_same_steps(split):
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = mlp_vae((1, 28, 28), (16,), 2)
+        fit(
+            model,
+            split[0],
+            config=TrainConfig(epochs=1, batch_size=100, optimizer="SGD", learning_rate=1e-4, compile=compiled, **QUIET),
+        )
+        results.append(weights(model))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)

@@ -1,30 +1,50 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
-The modules follow the book: `data`, `likelihoods`, `objectives`, `networks`, `vae`, `training`, `generation`, `evaluation`,
-`plotting`, `cli`.
+The modules follow the book: `data`, `likelihoods`, `objectives`, `networks`, `vae`, `hierarchical`, `training`, `generation`,
+`evaluation`, `plotting`, `cli`.
 """
 
 import importlib
 from typing import Any
 
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
-from vaelib.evaluation import Evaluation, active_units, evaluate, log_likelihood, posterior_means
+from vaelib.evaluation import Evaluation, active_units, evaluate, kl_per_unit, log_likelihood, posterior_means
 from vaelib.generation import generate, interpolate, latent_grid, reconstruct
-from vaelib.likelihoods import Bernoulli, DiscretizedLogistic, Gaussian, GreyBCENotALikelihood, Likelihood, bits_per_dim
-from vaelib.networks import MLPDecoder, MLPEncoder
-from vaelib.objectives import ElboTerms, beta_elbo, gaussian_kl, gaussian_log_density, importance_weighted_bound, loss
+from vaelib.hierarchical import HierarchicalVAE, hierarchical_vae
+from vaelib.likelihoods import (
+    Bernoulli,
+    DiscretizedLogistic,
+    DiscretizedLogisticMixture,
+    Gaussian,
+    GreyBCENotALikelihood,
+    Likelihood,
+    bits_per_dim,
+)
+from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from vaelib.objectives import (
+    ElboTerms,
+    beta_elbo,
+    free_bits_kl,
+    gaussian_kl,
+    gaussian_kl_per_unit,
+    gaussian_log_density,
+    importance_weighted_bound,
+    loss,
+)
 from vaelib.storage import load, save
 from vaelib.training import History, TrainConfig, fit
-from vaelib.vae import VAE, Posterior, heldout_elbo, mlp_vae, reparameterize
+from vaelib.vae import VAE, Posterior, conv_vae, heldout_elbo, mlp_vae, reparameterize
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "VAE", "Bernoulli", "DataNotFoundError", "DiscretizedLogistic", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood",
-    "History", "ImageSet", "Likelihood", "MLPDecoder", "MLPEncoder", "Posterior", "TrainConfig", "active_units", "beta_elbo",
-    "bits_per_dim", "evaluate", "fit", "gaussian_kl", "gaussian_log_density", "generate", "heldout_elbo", "image_set",
-    "importance_weighted_bound", "interpolate", "latent_grid", "load", "load_images", "log_likelihood", "loss", "minibatches",
-    "mlp_vae", "plotting", "posterior_means", "reconstruct", "reparameterize", "save", "train_valid_split",
+    "VAE", "Bernoulli", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic", "DiscretizedLogisticMixture",
+    "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE", "History", "ImageSet", "Likelihood",
+    "MLPDecoder", "MLPEncoder", "Posterior", "TrainConfig", "active_units", "beta_elbo", "bits_per_dim", "conv_vae", "evaluate",
+    "fit", "free_bits_kl", "gaussian_kl", "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo",
+    "hierarchical_vae", "image_set", "importance_weighted_bound", "interpolate", "kl_per_unit", "latent_grid", "load",
+    "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "plotting", "posterior_means", "reconstruct",
+    "reparameterize", "save", "train_valid_split",
 ]  # fmt: skip
 
 

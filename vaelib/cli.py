@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -15,10 +16,13 @@ from typing import Annotated, Any
 import typer
 
 from vaelib._validation import check_choice, check_int
+from vaelib.checkpoints import FILE as CHECKPOINT
 from vaelib.data import NAMES, load_images, train_valid_split
+from vaelib.distributed import join
 from vaelib.evaluation import evaluate as evaluate_model
 from vaelib.generation import generate
 from vaelib.ledger import entry
+from vaelib.likelihoods import LIKELIHOODS
 from vaelib.storage import CONFIG, MODELS, load, save, writable_folder, write_text
 from vaelib.training import TrainConfig, choose_device, fit
 
@@ -45,38 +49,83 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         print(f"{key:32} {value:.4f}" if isinstance(value, float) else f"{key:32} {value}")
 
 
+def model_arguments(model: str, likelihood: str, **given: str | int) -> dict[str, Any]:
+    """The arguments for the model's builder from the text of the command line; what was left out takes the builder's default.
+
+    Raises:
+        ValueError: For text that is no number, or an argument that this kind of model does not have.
+    """
+    arguments: dict[str, Any] = {}
+    if likelihood:
+        try:
+            arguments["likelihood"] = json.loads(likelihood) if likelihood.startswith("{") else likelihood
+        except ValueError as error:
+            raise ValueError(f"likelihood: got {likelihood!r}, expected a name or a JSON object ({error})") from error
+    for name, text in given.items():
+        if text == "" or text is None:
+            continue
+        option = {"hidden_dims": "hidden"}.get(name, name)
+        if name not in inspect.signature(MODELS[model]).parameters:
+            raise ValueError(f"{option}: got {text!r}, but the model {model!r} takes no such argument")
+        separator = "x" if name == "latent_dim" else ","
+        try:
+            numbers = [int(number) for number in str(text).split(separator) if number.strip()]
+        except ValueError as error:
+            example = "128 or 64x8x8" if name == "latent_dim" else "500,200"
+            raise ValueError(f"{option}: got {text!r}, expected integers such as {example}") from error
+        single = name in ("residual_blocks", "latent_dim") and len(numbers) == 1
+        arguments[name] = numbers[0] if single else tuple(numbers)
+    return arguments
+
+
 @app.command()
 def train(
     data: Annotated[str, typer.Option(help=f"Image set: {', '.join(NAMES)}.")] = "mnist",
     model: Annotated[str, typer.Option(help=f"Kind of network: {', '.join(MODELS)}.")] = "mlp",
     out: Annotated[Path, typer.Option(help="Folder for the model, its history and the record of the run.")] = Path("runs/model"),
-    likelihood: Annotated[str, typer.Option(help="bernoulli, gaussian, discretized_logistic.")] = "bernoulli",
-    hidden: Annotated[str, typer.Option(help="Sizes of the hidden layers, separated by commas.")] = "400",
-    latent_dim: Annotated[int, typer.Option(help="Size of z.")] = 20,
+    likelihood: Annotated[
+        str, typer.Option(help=f"{', '.join(LIKELIHOODS)}, or a JSON object with its arguments; default: the model's.")
+    ] = "",
+    hidden_dims: Annotated[str, typer.Option("--hidden", help="mlp: sizes of the hidden layers, such as 500,200.")] = "",
+    latent_dim: Annotated[str, typer.Option(help="Size of z; conv: also channels x height x width, such as 64x8x8.")] = "",
+    channels: Annotated[str, typer.Option(help="conv: channels of its stages, such as 32,64,128.")] = "",
+    residual_blocks: Annotated[str, typer.Option(help="conv: residual blocks after each stage.")] = "",
     epochs: int = TrainConfig.epochs,
-    batch_size: int = TrainConfig.batch_size,
+    batch_size: Annotated[int, typer.Option(help="Images per step, over all processes together.")] = TrainConfig.batch_size,
     optimizer: Annotated[str, typer.Option(help="A class of torch.optim.")] = "Adam",
     learning_rate: float = TrainConfig.learning_rate,
     schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = TrainConfig.warmup,
     clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 leaves it alone.")] = 100.0,
+    skip_norm: Annotated[float, typer.Option(help="Steps with a larger gradient are left out; 0 leaves none out.")] = 0.0,
     beta: float = 1.0,
     kl_warmup_epochs: float = 0.0,
+    free_bits: Annotated[float, typer.Option(help="Nats per latent unit that cost nothing.")] = 0.0,
+    ema_decay: Annotated[float, typer.Option(help="Decay of the moving average of the weights; 0 keeps none.")] = 0.0,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
+    precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
+    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels innermost in memory.")] = False,
     patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better held-out ELBO; 0 never stops.")] = 0,
     valid_size: Annotated[int, typer.Option(help="Training images held out for the curve; 0 takes a twelfth.")] = 0,
+    checkpoint_epochs: Annotated[int, typer.Option(help="Epochs between checkpoints.")] = 1,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints amid an epoch; 0 writes none.")] = 0.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the folder's checkpoint, or start where there is none.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard too.")] = False,
     seed: int = 0,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option(help="Replace a model that is already in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already in the folder.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train a VAE and save it."""
+    """Train a VAE and save it. Several processes: torchrun --nproc-per-node N -m vaelib train ..."""
     import torch
 
     check_choice("model", model, MODELS)
-    try:
-        hidden_dims = tuple(int(size) for size in hidden.split(",") if size.strip())
-    except ValueError as error:
-        raise ValueError(f"hidden: got {hidden!r}, expected integers separated by commas, such as 500,200") from error
+    arguments = model_arguments(
+        model, likelihood, hidden_dims=hidden_dims, latent_dim=latent_dim, channels=channels, residual_blocks=residual_blocks
+    )
     config = TrainConfig(
         epochs=epochs,
         batch_size=batch_size,
@@ -85,26 +134,45 @@ def train(
         schedule=schedule,
         warmup=warmup,
         clip_norm=clip_norm or None,
+        skip_norm=skip_norm or None,
         beta=beta,
         kl_warmup_epochs=kl_warmup_epochs,
+        free_bits=free_bits,
+        ema_decay=ema_decay or None,
+        flip=flip,
+        precision=precision,
+        compile=compiled,
+        channels_last=channels_last,
         patience=patience or None,
+        checkpoint_epochs=checkpoint_epochs,
+        checkpoint_minutes=checkpoint_minutes or None,
         seed=seed,
         device=device,
         progress=not as_json,
     )
     choose_device(device)
-    if (out / CONFIG).exists() and not overwrite:
+    group = join()
+    if (out / CONFIG).exists() and not (overwrite or resume):
         raise ValueError(f"out: {out} already holds a model, expected another folder; --overwrite replaces it")
-    images = load_images(data)
+    if group.leads:
+        images = load_images(data)  # fetched by one process only
+    group.wait()
+    if not group.leads:
+        images = load_images(data)
     train_images, valid = train_valid_split(images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, seed)
     torch.manual_seed(seed)
-    vae = MODELS[model](image_shape=images.image_shape, hidden_dims=hidden_dims, latent_dim=latent_dim, likelihood=likelihood)
-    writable_folder("out", out)
+    vae = MODELS[model](image_shape=images.image_shape, **arguments)
+    if group.leads:
+        writable_folder("out", out)
+        if overwrite and not resume:
+            (out / CHECKPOINT).unlink(missing_ok=True)
+    group.wait()
     start = time.perf_counter()
-    history = fit(vae, train_images, valid, config)
+    history = fit(vae, train_images, valid, config, folder=out, resume=resume, tensorboard=tensorboard)
     seconds = time.perf_counter() - start
+    if not group.leads:
+        return
     save(vae, out)
-    write_text(out / "history.json", json.dumps(list(history), indent=1) + "\n")
     # the epoch whose weights are saved: the best one where an early stop put it back
     saved_epoch = dict(history[history.best_epoch - 1 if patience and history.best_epoch else -1]) if history else {}
     saved_epoch.pop("seconds", None)
@@ -114,10 +182,13 @@ def train(
         "epochs": len(history),
         "stopped": history.stopped,
         "device": history.device,
+        "processes": group.size,
         "seconds": round(seconds, 1),
+        "seconds_of_all_epochs": round(sum(history["seconds"]), 1),
         **saved_epoch,
     }
-    record = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, seconds, summary) | {"data": data, "training": config.as_dict()}
+    record = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, seconds, summary)
+    record |= {"data": data, "model": vae.config, "training": config.as_dict()}
     write_text(out / RUN, json.dumps(record, indent=2) + "\n")
     show(summary, as_json)
     if history.stopped == "interrupted":
@@ -184,5 +255,6 @@ def main() -> None:
     try:
         app()
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
-        print("vaelib: error:", " ".join(str(error).split()), file=sys.stderr)
+        process = f" (process {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if "RANK" in os.environ else ""
+        print(f"vaelib: error{process}:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -158,18 +158,19 @@ def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple
     return images[order[valid_size:]], images[order[:valid_size]]
 
 
-def minibatches(images: ImageSet, batch_size: int, generator: torch.Generator | None = None) -> Iterator[Tensor]:
+def minibatches(images: ImageSet, batch_size: int, generator: torch.Generator | None = None, skip: int = 0) -> Iterator[Tensor]:
     """Pixels (B, C, H, W) of one epoch; shuffled where a `generator` is given, in order otherwise.
 
-    Every image comes exactly once: the last, smaller batch counts.
+    Every image comes exactly once: the last, smaller batch counts. The first `skip` batches are left out.
     """
     check_int("batch_size", batch_size)
+    check_int("skip", skip, minimum=0)
     pixels = images.pixels
     if generator is None:
-        yield from pixels.split(batch_size)
+        yield from pixels.split(batch_size)[skip:]
         return
     order = torch.randperm(len(images), generator=generator, device=generator.device).to(pixels.device)
-    for indices in order.split(batch_size):
+    for indices in order.split(batch_size)[skip:]:
         yield pixels[indices]
 
 

@@ -1,20 +1,29 @@
-"""The trainer: one function, `fit`, over one configuration, `TrainConfig`."""
+"""The trainer: one function, `fit`, over one configuration, `TrainConfig`.
+
+A step leaves the device alone: what the history needs is kept there, step by step, and read once at the epoch's end.
+"""
 
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
+from vaelib.checkpoints import FILE, fingerprint, read_checkpoint, write_checkpoint
 from vaelib.data import ImageSet, minibatches
-from vaelib.objectives import loss
+from vaelib.distributed import Group, join
+from vaelib.objectives import ElboTerms, loss
+from vaelib.storage import write_text
 from vaelib.vae import VAE, heldout_elbo
 
 # LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
@@ -36,7 +45,7 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the data.
-        batch_size: images per step; the last, smaller batch counts.
+        batch_size: images per step, over all processes together; the last, smaller batch counts.
         optimizer: the name of a class in `torch.optim`, a class of your own, or a function from parameters to an optimizer,
             which then sets its own learning rate.
         learning_rate: the highest learning rate.
@@ -44,12 +53,23 @@ class TrainConfig:
         schedule: ``"cosine"`` (to 0), ``"linear"`` (to 0), ``"constant"``, or a function from progress in [0, 1] to a factor.
         warmup: share of the steps over which the learning rate rises linearly from 0.
         clip_norm: the gradient's norm is cut to this; None leaves it alone.
+        skip_norm: a step whose gradient has a larger norm is left out and counted; one with a norm that is not finite always is.
         beta: weight of the KL term; 1 is the ELBO.
         kl_warmup_epochs: epochs over which beta rises linearly from 0.
+        free_bits: nats per latent unit below which the KL is not pressed, see `vaelib.objectives.free_bits_kl`; 0 is the ELBO.
         num_samples: draws of z per image and step.
-        seed: of the order of the images, the binarization and the draws of z. (Seed the weights with `torch.manual_seed`.)
+        ema_decay: decay of an exponential moving average of the weights, which is then what is validated, kept and saved;
+            None keeps the weights themselves. In step t the decay is at most (1 + t) / (10 + t).
+        flip: mirror each image with probability 1/2.
+        precision: ``"float32"``, or ``"bf16"``: the networks under autocast; KL, likelihood and log-sum-exp stay in float32.
+        compile: run the model through `torch.compile`.
+        channels_last: lay images and convolutions out with the channels innermost.
+        seed: of the order of the images, the flips, the binarization and the draws of z. (Seed the weights with
+            `torch.manual_seed`.)
         device: ``"auto"`` takes CUDA, else MPS, else the CPU; or any device of torch.
         patience: stop after this many epochs without a better validation ELBO, and put the best weights back; None never stops.
+        checkpoint_epochs: write a checkpoint after every so many epochs (and after the last), where `fit` is given a folder.
+        checkpoint_minutes: write one after so many minutes too, amid an epoch.
         progress: show a progress bar.
     """
 
@@ -61,28 +81,41 @@ class TrainConfig:
     schedule: str | Callable[[float], float] = "cosine"
     warmup: float = 0.05
     clip_norm: float | None = 100.0
+    skip_norm: float | None = None
     beta: float = 1.0
     kl_warmup_epochs: float = 0
+    free_bits: float = 0.0
     num_samples: int = 1
+    ema_decay: float | None = None
+    flip: bool = False
+    precision: str = "float32"
+    compile: bool = False
+    channels_last: bool = False
     seed: int = 0
     device: str = "auto"
     patience: int | None = None
+    checkpoint_epochs: int = 1
+    checkpoint_minutes: float | None = None
     progress: bool = True
 
     def __post_init__(self) -> None:
-        check_int("epochs", self.epochs)
-        check_int("batch_size", self.batch_size)
-        check_int("num_samples", self.num_samples)
-        if check_number("warmup", self.warmup) > 1:
-            raise ValueError(f"warmup: got {self.warmup}, expected a share of the steps, at most 1")
+        for name in ("epochs", "batch_size", "num_samples", "checkpoint_epochs"):
+            check_int(name, getattr(self, name))
+        for name, highest, meaning in (("warmup", 1, "share of the steps"), ("ema_decay", 1, "decay")):
+            if getattr(self, name) is not None and check_number(name, getattr(self, name)) > highest:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a {meaning}, at most {highest}")
         check_seed("seed", self.seed)
         check_number("learning_rate", self.learning_rate, exclusive=True)
-        check_number("beta", self.beta)
-        check_number("kl_warmup_epochs", self.kl_warmup_epochs)
-        if self.clip_norm is not None:
-            check_number("clip_norm", self.clip_norm, exclusive=True)
+        for name in ("beta", "kl_warmup_epochs", "free_bits"):
+            check_number(name, getattr(self, name))
+        for name in ("clip_norm", "skip_norm"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), exclusive=True)
+        if self.checkpoint_minutes is not None:
+            check_number("checkpoint_minutes", self.checkpoint_minutes)
         if self.patience is not None:
             check_int("patience", self.patience)
+        check_choice("precision", self.precision, ("float32", "bf16"))
         if not callable(self.optimizer):
             check_choice("optimizer", self.optimizer, OPTIMIZERS)
         elif not inspect.isclass(self.optimizer) and self.optimizer_options:
@@ -95,12 +128,17 @@ class TrainConfig:
         return {key: getattr(value, "__name__", repr(value)) if callable(value) else value for key, value in asdict(self).items()}
 
 
+# What may differ between a run and its continuation: where and how fast it runs, and what it shows, but not what it computes.
+FREE_ON_RESUME = ("device", "compile", "channels_last", "checkpoint_epochs", "checkpoint_minutes", "progress")
+
+
 class History(list[dict[str, float]]):
     """One plain dict per finished epoch; ``history["valid_elbo"]`` is that column, ``history[-1]`` the last epoch.
 
     Keys: ``epoch`` (from 1), ``train_elbo``, ``train_log_likelihood``, ``train_kl`` (means over the epoch's images while the
     weights moved, nats), ``valid_elbo``, ``valid_log_likelihood``, ``valid_kl`` (where a validation set was given),
-    ``learning_rate`` and ``beta`` (at the epoch's last step), ``seconds``.
+    ``gradient_norm`` (mean over the steps that were taken, before clipping), ``skipped_steps``, ``learning_rate`` and ``beta``
+    (at the epoch's last step), ``seconds``.
 
     Attributes:
         stopped: ``"finished"``, ``"early stop"`` or ``"interrupted"``.
@@ -170,39 +208,77 @@ def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int
     return factor
 
 
+def kl_weight(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
+    """Step -> beta: from beta / (warm-up steps) at the first step, linearly, to beta."""
+    warmup_steps = max(1.0, config.kl_warmup_epochs * steps_per_epoch)
+    return lambda step: config.beta * min(1.0, (step + 1) / warmup_steps)
+
+
+def epoch_order(seed: int, epoch: int) -> torch.Generator:
+    """The generator that shuffles an epoch, a function of seed and epoch alone: on resume the order needs no memory."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+
+
+def take_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], config: TrainConfig) -> tuple[Tensor, Tensor]:
+    """One step of the optimizer with the gradient cut to `clip_norm`; no step where its norm is not finite or above `skip_norm`.
+
+    Returns:
+        The gradient's norm before clipping, and 1 where the step was left out, else 0: scalars on the device.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    skip = ~(norm <= (config.skip_norm or torch.finfo(norm.dtype).max))
+    scale = None if config.clip_norm is None else (norm / config.clip_norm).clamp(min=1)
+    if getattr(optimizer, "_step_supports_amp_scaling", False):  # a fused optimizer divides and skips inside its kernel
+        optimizer.grad_scale, optimizer.found_inf = scale, skip.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not skip:  # the others must wait for the answer
+        if scale is not None:
+            torch._foreach_div_(gradients, scale)
+        optimizer.step()
+    return norm, skip
+
+
 def copy_of_weights(model: VAE) -> dict[str, Tensor]:
     """The model's state, apart from it."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def check_finite(epoch: int, terms: dict[str, float], model: VAE) -> None:
-    """FloatingPointError that names the epoch and what is no longer finite, a term of the loss or a weight."""
-    wrong = [f"the {name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
+@contextmanager
+def exchanged(parameters: list[Tensor], others: list[Tensor] | None) -> Iterator[None]:
+    """The parameters hold the others' values inside the block, and their own again after it."""
+    own = [parameter.detach().clone() for parameter in parameters] if others else []
+    with torch.no_grad():
+        for parameter, other in zip(parameters, others or [], strict=False):
+            parameter.copy_(other)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, own, strict=False):
+                parameter.copy_(value)
+
+
+def check_finite(epoch: int, trace: Tensor, model: VAE) -> None:
+    """FloatingPointError that names epoch, step and what is no longer finite: a term of the loss, every gradient, or a weight.
+
+    `trace` has a row for each step: log-likelihood and KL (sums over the batch), gradient norm, 1 where the step was skipped.
+    """
+    wrong = []
+    bad = ~trace[:, :2].isfinite()
+    if bad.any():
+        step = int(bad.any(1).nonzero()[0])
+        term = int(bad[step].nonzero()[0])
+        wrong.append(f"step {step + 1}: the training {('log-likelihood', 'KL')[term]} is {trace[step, term].item():g}")
+    elif (trace[:, 3] == 1).all():
+        wrong.append(f"the gradient's norm was not finite, or above skip_norm, in all {len(trace)} steps")
     wrong += [f"the weight {name} is not finite" for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if wrong:
-        raise FloatingPointError(f"epoch {epoch}: {wrong[0]}; try a lower learning_rate or a clip_norm")
+        raise FloatingPointError(f"epoch {epoch}, {wrong[0]}; try a lower learning_rate or a clip_norm")
 
 
-def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: TrainConfig | None = None) -> History:
-    """Maximize the ELBO of `images`; the model is trained in place and ends on the chosen device.
-
-    All images go to the device once; a minibatch is an index slice there, made the model's x by the likelihood. Ctrl-C ends the
-    training, keeps what was learned and returns the history.
-
-    Args:
-        model: changed in place.
-        images: what to train on.
-        valid: what to compute the ELBO on after each epoch, with the same noise each time.
-        config: see `TrainConfig`.
-
-    Returns:
-        History : a list with one dict per epoch.
-
-    Raises:
-        ValueError: If images and model don't fit together, or the configuration asks for what is not there.
-        FloatingPointError: If a term of the loss or a weight is no longer finite; the model then has the weights of the last good epoch.
-    """
-    config = config or TrainConfig()
+def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig) -> None:
+    """ValueError unless `fit` can start with these."""
     if not isinstance(config, TrainConfig):
         raise ValueError(f"config: got {describe(config)}, expected a TrainConfig")
     for name, these in (("images", images), ("valid", valid)):
@@ -217,62 +293,196 @@ def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: Tra
     if config.patience is not None and valid is None:
         raise ValueError("patience: got a number, but there is no validation set to judge by; expected valid as well")
 
+
+def validate(model: VAE, valid: ImageSet, seed: int, group: Group) -> dict[str, float]:
+    """Means of the held-out ELBO and its terms, each process doing its share of the images."""
+    terms = heldout_elbo(model, valid[group.share(len(valid))], seed=seed)
+    own = group.rank < len(valid)
+    sums = [float(own) * getattr(terms, name).double().sum().item() for name in ("elbo", "log_likelihood", "kl")]
+    means = group.sum(torch.tensor(sums, device=model.device, dtype=torch.float32 if model.device.type == "mps" else torch.float64))
+    count = len(valid) if group.size > 1 else len(terms.kl)
+    return {f"valid_{name}": value / count for name, value in zip(("elbo", "log_likelihood", "kl"), means.tolist(), strict=True)}
+
+
+def fit(
+    model: VAE,
+    images: ImageSet,
+    valid: ImageSet | None = None,
+    config: TrainConfig | None = None,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    tensorboard: bool = False,
+) -> History:
+    """Maximize the ELBO of `images`; the model is trained in place and ends on the chosen device.
+
+    All images go to the device once; a minibatch is an index slice there, made the model's x by the likelihood. Ctrl-C ends the
+    training, keeps what was learned and returns the history. Under `torchrun` the processes share each batch.
+
+    Args:
+        model: changed in place.
+        images: what to train on.
+        valid: what to compute the ELBO on after each epoch, with the same noise each time.
+        config: see `TrainConfig`.
+        folder: where ``checkpoint.pt`` and ``history.jsonl`` (one JSON object per epoch) are written; None writes nothing.
+        resume: go on from the folder's checkpoint, or start where there is none. On a CPU the result is, to the last bit, that
+            of a run that was never interrupted.
+        tensorboard: write the history for TensorBoard too, to ``tensorboard`` in the folder (``pip install tensorboard``).
+
+    Returns:
+        History : a list with one dict per epoch.
+
+    Raises:
+        ValueError: If images and model don't fit together, the configuration asks for what is not there, the folder holds a
+            checkpoint and `resume` is off, or its checkpoint belongs to another run.
+        FloatingPointError: If a term of the loss or a weight is no longer finite; the model then has the weights of the last good
+            epoch, and the folder its checkpoint.
+    """
+    config = config or TrainConfig()
+    check_arguments(model, images, valid, config)
+    if folder is None and (resume or tensorboard):
+        raise ValueError(f"folder: got None, expected a folder to {'resume from' if resume else 'write TensorBoard logs to'}")
+    folder = None if folder is None else Path(folder)
+    if folder is not None and (folder / FILE).exists() and not resume:
+        raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
+    identity = {} if folder is None else {
+        "model": model.config,
+        "images": fingerprint(images),
+        "valid": None if valid is None else fingerprint(valid),
+        "config": {key: value for key, value in config.as_dict().items() if key not in FREE_ON_RESUME},
+    }  # fmt: skip
+
     from tqdm.auto import tqdm
 
-    device = choose_device(config.device)
+    device, group = choose_device(config.device), join()
+    if config.batch_size < group.size:
+        raise ValueError(f"batch_size: got {config.batch_size}, expected at least one image for each of {group.size} processes")
     model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     images = images.to(device)
     valid = None if valid is None else valid.to(device)
-    generator = torch.Generator(device).manual_seed(config.seed)
     parameters = list(model.parameters())
-    foreach = True if device.type in ("cpu", "cuda") else None  # torch's default loops over the weights on a CPU: 0.7 ms a step
-    steps_per_epoch = math.ceil(len(images) / config.batch_size)
     optimizer = make_optimizer(model, config)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(config, config.epochs * steps_per_epoch))
-    kl_warmup_steps = config.kl_warmup_epochs * steps_per_epoch
+    peaks = [options["lr"] for options in optimizer.param_groups]
+    steps_per_epoch = math.ceil(len(images) / config.batch_size)
+    rate_factor = learning_rate_factor(config, config.epochs * steps_per_epoch)
+    beta = kl_weight(config, steps_per_epoch)
 
+    # What changes while it runs, and so belongs into a checkpoint: the model, the optimizer and these.
+    noise = torch.Generator(device).manual_seed(config.seed)
+    averages = None if config.ema_decay is None else [parameter.detach().clone() for parameter in parameters]
     history = History()
     history.device = str(device)
-    best_elbo, best_weights, good_weights = -math.inf, None, copy_of_weights(model)
-    was_training = model.training
-    bar = tqdm(total=config.epochs * steps_per_epoch, unit="batch", disable=not config.progress)
+    step, trace = 0, torch.zeros(steps_per_epoch, 4, device=device)  # steps done; what each step of this epoch gave
+    best_elbo, best_weights = -math.inf, None
+
+    def write_state() -> None:
+        if folder is not None and group.leads:
+            write_checkpoint(folder, identity | {
+                "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages,
+                "noise": noise.get_state(), "device": device.type, "history": list(history), "best_epoch": history.best_epoch,
+                "step": step, "trace": trace, "best_elbo": best_elbo, "best_weights": best_weights,
+            })  # fmt: skip
+
+    if folder is not None and resume and (folder / FILE).exists():
+        state = read_checkpoint(folder, identity)
+        model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        averages = None if averages is None else [value.to(device) for value in state["averages"]]
+        if state["device"] == device.type:  # another kind of device has another kind of generator
+            noise.set_state(state["noise"])
+        history.extend(state["history"])
+        history.best_epoch, best_elbo, best_weights = state["best_epoch"], state["best_elbo"], state["best_weights"]
+        step, trace = state["step"], state["trace"].to(device)
+    elif folder is not None:
+        write_state()  # whether it can be written is known before any work
+    group.wait()
+    forward = model
+    if group.size > 1:
+        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if config.compile:
+        forward = torch.compile(forward)
+
+    with exchanged(parameters, averages):
+        good_weights = copy_of_weights(model)
+    was_training, last_written = model.training, time.perf_counter()
+    writer = tensorboard_writer(folder, len(history)) if tensorboard and group.leads else None
+    bar = tqdm(total=config.epochs * steps_per_epoch, initial=step, unit="batch", disable=not (config.progress and group.leads))
     try:
-        for epoch in range(1, config.epochs + 1):
+        for epoch in range(len(history) + 1, config.epochs + 1):
+            if config.patience is not None and history.best_epoch and epoch - 1 - history.best_epoch >= config.patience:
+                history.stopped = "early stop"
+                break
             start = time.perf_counter()
             model.train()
-            totals = torch.zeros(2, device=device)  # log-likelihood and KL: no number leaves the device before the epoch's end
-            for step, pixels in enumerate(minibatches(images, config.batch_size, generator), (epoch - 1) * steps_per_epoch + 1):
-                beta = config.beta * (min(1.0, step / kl_warmup_steps) if kl_warmup_steps else 1.0)
-                learning_rate = optimizer.param_groups[0]["lr"]
-                x = model.likelihood.observe(pixels, generator)
-                terms = model.elbo(x, config.num_samples, generator=generator, validate=False)
+            done = step - (epoch - 1) * steps_per_epoch  # above 0 only on resume
+            for row, pixels in enumerate(minibatches(images, config.batch_size, epoch_order(config.seed, epoch), done), done):
+                for options, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    options["lr"] = peak * rate_factor(step)
+                if config.flip:
+                    coin = torch.rand(len(pixels), 1, 1, 1, generator=noise, device=device) < 0.5
+                    pixels = torch.where(coin, pixels.flip(3), pixels)
+                x = model.likelihood.observe(pixels, noise)
+                eps = torch.randn(config.num_samples, len(x), model.latent_dim, generator=noise, device=device)
+                weight = 1.0
+                if group.size > 1:
+                    weight, share = group.weight(len(x)), group.share(len(x))
+                    x, eps = x[share], eps[:, share]
+                if config.channels_last:
+                    x = x.contiguous(memory_format=torch.channels_last)
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    terms = forward(x, eps)
+                if config.free_bits and group.size > 1:
+                    terms = with_global_kl(terms, weight, group)
                 optimizer.zero_grad()
-                loss(terms, beta).backward()
-                if config.clip_norm is not None:
-                    torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm, foreach=foreach)
-                optimizer.step()
-                schedule.step()
-                totals += torch.stack([terms.log_likelihood.detach().sum(), terms.kl.detach().sum()])
+                (weight * loss(terms, beta(step), config.free_bits)).backward()
+                norm, skipped = take_step(optimizer, parameters, config)
+                step += 1
+                if averages is not None:
+                    with torch.no_grad():
+                        torch._foreach_lerp_(averages, parameters, 1 - min(config.ema_decay, step / (9 + step)))
+                own = weight > 0
+                trace[row] = torch.stack([own * terms.log_likelihood.detach().sum(), own * terms.kl.detach().sum(), norm, skipped])
                 bar.update()
+                if config.checkpoint_minutes is not None and time.perf_counter() - last_written >= 60 * config.checkpoint_minutes:
+                    write_state()
+                    last_written = time.perf_counter()
 
-            log_likelihood, kl = (totals / len(images)).tolist()
-            check_finite(epoch, {"training log-likelihood": log_likelihood, "training KL": kl}, model)
-            record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
-            if valid is not None:
-                terms = heldout_elbo(model, valid, seed=config.seed)
-                record |= {f"valid_{name}": getattr(terms, name).mean().item() for name in ("elbo", "log_likelihood", "kl")}
-                check_finite(epoch, {"held-out ELBO": record["valid_elbo"]}, model)
-            good_weights = copy_of_weights(model)
-            history.append(record | {"learning_rate": learning_rate, "beta": beta, "seconds": time.perf_counter() - start})
+            sums = trace[:, :2].contiguous()
+            trace[:, :2] = group.sum(sums)
+            rows = trace.cpu()
+            with exchanged(parameters, averages):
+                check_finite(epoch, rows, model)
+                log_likelihood, kl = (rows[:, :2].double().sum(0) / len(images)).tolist()
+                record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
+                if valid is not None:
+                    record |= validate(model, valid, config.seed, group)
+                    if not math.isfinite(record["valid_elbo"]):
+                        raise FloatingPointError(
+                            f"epoch {epoch}: the held-out ELBO is {record['valid_elbo']}; try a lower learning_rate"
+                        )
+                good_weights = copy_of_weights(model)
+            taken = rows[rows[:, 3] == 0]
+            record |= {"gradient_norm": taken[:, 2].mean().item(), "skipped_steps": len(rows) - len(taken)}
+            record |= {
+                "learning_rate": peaks[0] * rate_factor(step - 1),
+                "beta": beta(step - 1),
+                "seconds": time.perf_counter() - start,
+            }
+            history.append(record)
             bar.set_postfix({key: f"{record[key]:.2f}" for key in ("train_elbo", "valid_elbo") if key in record})
-
             if valid is not None and record["valid_elbo"] > best_elbo:
                 best_elbo, history.best_epoch = record["valid_elbo"], epoch
                 if config.patience is not None:
                     best_weights = good_weights
-            elif config.patience is not None and epoch - (history.best_epoch or 0) >= config.patience:
-                history.stopped = "early stop"
-                break
+            if folder is not None and group.leads:
+                write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+                if epoch % config.checkpoint_epochs == 0 or epoch == config.epochs:
+                    write_state()
+                    last_written = time.perf_counter()
+            if writer is not None:
+                for key, value in record.items():
+                    writer.add_scalar(key, value, epoch)
     except KeyboardInterrupt:
         history.stopped = "interrupted"
     except FloatingPointError:
@@ -280,7 +490,27 @@ def fit(model: VAE, images: ImageSet, valid: ImageSet | None = None, config: Tra
         raise
     finally:
         bar.close()
+        if writer is not None:
+            writer.close()
         model.train(was_training)
         if best_weights is not None:
             model.load_state_dict(best_weights)
+        elif averages is not None:
+            torch._foreach_copy_([parameter.detach() for parameter in parameters], averages)
     return history
+
+
+def with_global_kl(terms: ElboTerms, weight: float, group: Group) -> ElboTerms:
+    """The share's terms with `kl_per_unit` shifted so that its mean is the global batch's: free bits then bite as in one process."""
+    local = terms.kl_per_unit.mean(0)
+    total = group.sum(local.detach() * weight) / group.size
+    return terms._replace(kl_per_unit=terms.kl_per_unit + (total - local.detach()))
+
+
+def tensorboard_writer(folder: Path, epochs_done: int) -> Any:
+    """A SummaryWriter that forgets what an interrupted run wrote after its checkpoint."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard: the package is not installed; pip install tensorboard") from error
+    return SummaryWriter(folder / "tensorboard", purge_step=epochs_done + 1)

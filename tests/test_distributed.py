@@ -1,0 +1,97 @@
+"""Several processes follow the trajectory of one; only one writes; a failed one ends the run with a message."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vaelib.distributed import Group
+
+# batches of 7 and a last one of a single image: shares of unequal size, and one process with nothing of its own
+TRAIN = (
+    "train", "--data", "digits", "--hidden", "16", "--latent-dim", "3", "--epochs", "1", "--batch-size", "7", "--valid-size", "1352",
+    "--optimizer", "SGD", "--learning-rate", "1e-4", "--flip", "--free-bits", "0.05", "--ema-decay", "0.9", "--device", "cpu",
+)  # fmt: skip
+
+
+def launch(processes, *arguments, **environment):
+    """`vaelib ...` in one process, or through torchrun in several."""
+    runner = [] if processes == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return subprocess.run(
+        [sys.executable, "-m", *runner, "vaelib", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folders = {}
+    for processes in (1, 2):
+        folders[processes] = tmp_path_factory.mktemp(f"processes-{processes}") / "run"
+        done = launch(processes, *TRAIN, "--out", folders[processes], "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["processes"] == processes  # one process prints, once
+    return folders
+
+
+def test_two_processes_follow_the_trajectory_of_one_at_the_same_global_batch(runs):
+    one, two = (load_file(folder / "model.safetensors") for folder in runs.values())
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+    first, second = (json.loads((folder / "history.jsonl").read_text()) for folder in runs.values())
+    for key in set(first) - {"seconds"}:
+        assert second[key] == pytest.approx(first[key], rel=1e-5), key
+
+
+def test_the_first_process_alone_writes_and_any_number_resumes(runs):
+    names = ["checkpoint.pt", "config.json", "history.jsonl", "model.safetensors", "run.json"]
+    for folder in runs.values():
+        assert sorted(path.name for path in folder.iterdir()) == names
+    done = launch(1, *TRAIN, "--out", runs[2], "--json", "--resume")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_failed_process_ends_the_run_with_a_clear_message(tmp_path):
+    patch = tmp_path / "sitecustomize.py"
+    patch.write_text(
+        "import os\n"
+        "if os.environ.get('RANK') == '1':\n"
+        "    import vaelib\n"
+        "    observe, calls = vaelib.Bernoulli.observe, []\n"
+        "    def fails(self, *args, **kwargs):\n"
+        "        calls.append(1)\n"
+        "        if len(calls) > 5: raise RuntimeError('this GPU fell off the bus')\n"
+        "        return observe(self, *args, **kwargs)\n"
+        "    vaelib.Bernoulli.observe = fails\n"
+    )
+    done = launch(2, *TRAIN, "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "vaelib: error (process 1 of 2): this GPU fell off the bus" in done.stderr
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_shares_of_a_batch_are_disjoint_complete_and_weighted_by_their_size(count, size):
+    values = torch.arange(1.0, count + 1)
+    groups = [Group(rank, size) for rank in range(size)]
+    counted = [values[group.share(count)] for group in groups if group.weight(count)]
+    assert sorted(torch.cat(counted).tolist()) == values.tolist()
+    average = sum(group.weight(count) * values[group.share(count)].mean() for group in groups) / size
+    assert average.item() == pytest.approx(values.mean().item())
+
+
+def test_without_torchrun_the_group_has_one_process(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    from vaelib.distributed import join
+
+    assert join() == Group(0, 1)
+    assert Group().leads
+    assert torch.equal(Group().sum(torch.ones(2)), torch.ones(2))
