@@ -5,9 +5,9 @@ READY := .venv/.ready
 # Small models run faster on one thread than on two that spin.
 ONE_THREAD := OMP_NUM_THREADS=1
 CHAPTERS_STRICT := book/elbo.ipynb
-CHAPTERS_LAX := book/mnist-mlp.ipynb
+CHAPTERS_LAX := book/mnist-mlp.ipynb book/cifar-conv.ipynb
 
-.PHONY: help setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: rows help setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help:
 	@echo "make book       render the book to _build/html/index.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-real  tests on the real data sets in \$$VAELIB_DATA"
 	@echo "make test-book  tests on the rendered pages"
 	@echo "make execute    re-run the notebooks on real data and store their outputs and results"
+	@echo "make rows       train and score the rows of the CIFAR tables that are missing"
 	@echo "make equations  table: labelled equation -> function -> test"
 	@echo "make mutants    break the loss in every way; list what no test notices"
 	@echo "make benchmark  images per second of the trainer, beside the usual ways"
@@ -48,6 +49,9 @@ test-book: $(READY)
 
 execute: $(READY)
 	$(BIN)/python book/_scripts/execute.py $(CHAPTERS_STRICT) $(CHAPTERS_LAX)
+
+rows: $(READY)
+	$(BIN)/python book/_scripts/rows.py
 
 equations: $(READY)
 	$(BIN)/python book/_scripts/equations.py

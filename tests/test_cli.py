@@ -67,6 +67,13 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     (("train", "--data", "digits", "--likelihood", "gausian", "--out", "{tmp}/x"), "did you mean 'gaussian'"),
     (("train", "--data", "digits", "--model", "mlpp", "--out", "{tmp}/x"), "model: got 'mlpp'"),
     (("train", "--data", "digits", "--hidden", "4x", "--out", "{tmp}/x"), "hidden: got '4x'"),
+    (("train", "--data", "digits", "--model", "conv", "--hidden", "400"), "hidden: got '400', but the model 'conv' takes no such"),
+    (("train", "--data", "digits", "--model", "conv", "--latent-dim", "8x8"), "latent_dim: got"),
+    (("train", "--data", "digits", "--model", "conv", "--latent-dim", "64xx"), "latent_dim: got '64xx', expected integers such as 128 or 64x8x8"),
+    (("train", "--data", "digits", "--latent-dim", "a"), "latent_dim: got 'a', expected integers such as 128 or 64x8x8"),
+    (("train", "--data", "digits", "--likelihood", "{{"), "expected a name or a JSON object"),
+    (("train", "--data", "digits", "--precision", "fp16"), "precision: got 'fp16', expected one of 'bf16', 'float32'"),
+    (("train", "--data", "digits", "--batch-size", "5000", "--out", "{tmp}"), "batch_size: got 5000, expected at most the 1375"),
     (("train", "--data", "digits", "--out", "{tmp}/file/run"), "out: got"),
     (("evaluate", "{tmp}/nothing"), "expected a folder written by vaelib.save"),
     (("sample", "{run}", "--temperature", "-1"), "temperature: got float -1.0"),
@@ -103,3 +110,24 @@ def test_a_diverged_run_says_so_and_saves_nothing(vaelib_command, tmp_path):
     assert "vaelib: error: epoch 1, step 2: the" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_command, tmp_path):
+    options = (
+        *("--data", "shapes", "--model", "conv", "--channels", "4,8", "--latent-dim", "2x8x8", "--residual-blocks", "1"),
+        *("--likelihood", '{"name": "gaussian", "learned": true, "discretized": true}', "--precision", "bf16", "--channels-last"),
+        *("--epochs", "1", "--batch-size", "512", "--ema-decay", "0.9", "--flip", "--device", "cpu", "--out", tmp_path, "--json"),
+    )
+    done = vaelib_command("train", *options)
+    assert done.returncode == 0, done.stderr
+    again = vaelib_command("train", *options, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["valid_elbo"] == json.loads(done.stdout)["valid_elbo"]
+    other = vaelib_command("train", *options, "--resume", "--beta", "2")
+    assert other.returncode == 2
+    assert "belongs to another run: its config.beta is 1.0, expected 2.0" in other.stderr
+    model = vaelib.load(tmp_path)
+    assert model.latent_shape == (2, 8, 8)
+    assert json.loads((tmp_path / "run.json").read_text())["model"] == model.config
+    done = vaelib_command("evaluate", tmp_path, "--json", "--elbo-samples", 1)
+    assert 0 < json.loads(done.stdout)["bits_per_dim"] < 10

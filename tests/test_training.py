@@ -296,6 +296,20 @@ def test_fit_on_cuda_reaches_the_elbo_of_the_cpu(split):
     assert scores[0] == pytest.approx(scores[1], abs=10)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("options", [{"precision": "bf16", "channels_last": True}, {"compile": True}])
+def test_each_fast_way_on_cuda_trains_a_convolutional_vae_as_well_as_float32(options):
+    train, valid = train_valid_split(vaelib.load_images("shapes"), 512)
+    scores = []
+    for settings in ({}, options):
+        torch.manual_seed(0)
+        model = vaelib.conv_vae(channels=(16, 32, 32))
+        fit(model, train, valid, TrainConfig(epochs=3, progress=False, device="cuda", **settings))
+        scores.append(heldout_elbo(model, valid).elbo.mean().item() / (3072 * math.log(2)))
+    assert scores[0] == pytest.approx(scores[1], abs=0.15)  # bits per dimension
+
+
 def test_divergence_puts_the_weights_of_the_last_good_epoch_back(model, split):
     seen = []
 

@@ -69,7 +69,7 @@ def model_arguments(model: str, likelihood: str, **given: str | int) -> dict[str
             raise ValueError(f"{option}: got {text!r}, but the model {model!r} takes no such argument")
         separator = "x" if name == "latent_dim" else ","
         try:
-            numbers = [int(number) for number in str(text).split(separator) if number.strip()]
+            numbers = [int(number) for number in str(text).split(separator) if number.strip() or name == "latent_dim"]
         except ValueError as error:
             example = "128 or 64x8x8" if name == "latent_dim" else "500,200"
             raise ValueError(f"{option}: got {text!r}, expected integers such as {example}") from error

@@ -61,7 +61,7 @@ def main():
     for name in arguments.names or [name for name in ROWS if name not in done]:
         record = run(name, arguments.data)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
-        LEDGER.write_text(json.dumps({key: value for key, value in (done | {name: record}).items()}, indent=2) + "\n")
+        LEDGER.write_text(json.dumps(done | {name: record}, indent=2) + "\n")
         print(f"{name:24} {record['metrics']['test']['bits_per_dim']:.3f} bits/dim, {record['seconds']:.0f} s", flush=True)
 
 
