@@ -150,8 +150,7 @@ def train(
         device=device,
         progress=not as_json,
     )
-    choose_device(device)
-    group = join()
+    group = join(choose_device(device))
     if (out / CONFIG).exists() and not (overwrite or resume):
         raise ValueError(f"out: {out} already holds a model, expected another folder; --overwrite replaces it")
     if group.leads:

@@ -46,17 +46,16 @@ class Group:
             dist.barrier()
 
 
-def join() -> Group:
+def join(device: torch.device) -> Group:
     """The group that `torchrun` started this process in, or a group of one.
 
-    With CUDA the processes talk through NCCL, each on the GPU of its local rank; otherwise through gloo.
+    On CUDA the processes talk through NCCL, each on the GPU of its local rank, unless `device` names one; elsewhere through gloo.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "MASTER_ADDR" not in os.environ:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
         return Group()
     if not dist.is_initialized():
-        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if gpus:
-            torch.cuda.set_device(local % gpus)
-        dist.init_process_group("nccl" if gpus > local else "gloo")
+        if device.type == "cuda":
+            local = int(os.environ.get("LOCAL_RANK", "0"))
+            torch.cuda.set_device(local % torch.cuda.device_count() if device.index is None else device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Group(dist.get_rank(), dist.get_world_size())

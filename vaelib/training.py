@@ -239,6 +239,47 @@ def take_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], config
     return norm, skip
 
 
+def train_step(
+    forward: Callable[[Tensor, Tensor], ElboTerms],
+    model: VAE,
+    optimizer: torch.optim.Optimizer,
+    pixels: Tensor,
+    noise: torch.Generator,
+    beta: float,
+    config: TrainConfig,
+    group: Group,
+) -> Tensor:
+    """One step on one global batch of pixels.
+
+    Returns:
+        A row for the epoch's trace, (5,), on the device: sums of log-likelihood and KL over this process's share of the batch, the
+        gradient's norm, 1 where the step was skipped, and the number of images in the share.
+    """
+    device = pixels.device
+    if config.flip:
+        coin = torch.rand(len(pixels), 1, 1, 1, generator=noise, device=device) < 0.5
+        pixels = torch.where(coin, pixels.flip(3), pixels)
+    x = model.likelihood.observe(pixels, noise)
+    eps = torch.randn(config.num_samples, len(x), model.latent_dim, generator=noise, device=device)
+    weight = group.weight(len(x))
+    if group.size > 1:
+        share = group.share(len(x))
+        x, eps = x[share], eps[:, share]
+    if config.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        terms = forward(x, eps)
+    objective = terms
+    if config.free_bits and group.size > 1:
+        objective = with_global_kl(terms, weight, group)
+    optimizer.zero_grad()
+    (weight * loss(objective, beta, config.free_bits)).backward()
+    norm, skipped = take_step(optimizer, list(model.parameters()), config)
+    counted = float(weight > 0)  # a share that only fills a place counts nothing
+    sums = [counted * term.detach().sum() for term in (terms.log_likelihood, terms.kl)]
+    return torch.stack([*sums, norm, skipped, torch.full_like(norm, counted * len(x))])
+
+
 def copy_of_weights(model: VAE) -> dict[str, Tensor]:
     """The model's state, apart from it."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -262,7 +303,7 @@ def exchanged(parameters: list[Tensor], others: list[Tensor] | None) -> Iterator
 def check_finite(epoch: int, trace: Tensor, model: VAE) -> None:
     """FloatingPointError that names epoch, step and what is no longer finite: a term of the loss, every gradient, or a weight.
 
-    `trace` has a row for each step: log-likelihood and KL (sums over the batch), gradient norm, 1 where the step was skipped.
+    `trace` has a row for each step, as `train_step` gives it.
     """
     wrong = []
     bad = ~trace[:, :2].isfinite()
@@ -353,7 +394,10 @@ def fit(
 
     from tqdm.auto import tqdm
 
-    device, group = choose_device(config.device), join()
+    device = choose_device(config.device)
+    group = join(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     if config.batch_size < group.size:
         raise ValueError(f"batch_size: got {config.batch_size}, expected at least one image for each of {group.size} processes")
     model.to(device)
@@ -373,7 +417,7 @@ def fit(
     averages = None if config.ema_decay is None else [parameter.detach().clone() for parameter in parameters]
     history = History()
     history.device = str(device)
-    step, trace = 0, torch.zeros(steps_per_epoch, 4, device=device)  # steps done; what each step of this epoch gave
+    step, trace = 0, torch.zeros(steps_per_epoch, 5, device=device)  # steps done; what each step of this epoch gave
     best_elbo, best_weights = -math.inf, None
 
     def write_state() -> None:
@@ -386,20 +430,25 @@ def fit(
 
     if folder is not None and resume and (folder / FILE).exists():
         state = read_checkpoint(folder, identity)
-        model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
+        try:
+            model.load_state_dict(state["weights"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:  # a model of your own, without a config to compare
+            raise ValueError(f"resume: {folder / FILE} belongs to another model ({' '.join(str(error).split())})") from error
         averages = None if averages is None else [value.to(device) for value in state["averages"]]
         if state["device"] == device.type:  # another kind of device has another kind of generator
             noise.set_state(state["noise"])
         history.extend(state["history"])
         history.best_epoch, best_elbo, best_weights = state["best_epoch"], state["best_elbo"], state["best_weights"]
-        step, trace = state["step"], state["trace"].to(device)
+        step = state["step"]
+        if group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
+            trace = state["trace"].to(device)
     elif folder is not None:
         write_state()  # whether it can be written is known before any work
     group.wait()
     forward = model
     if group.size > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if config.compile:
         forward = torch.compile(forward)
 
@@ -419,41 +468,20 @@ def fit(
             for row, pixels in enumerate(minibatches(images, config.batch_size, epoch_order(config.seed, epoch), done), done):
                 for options, peak in zip(optimizer.param_groups, peaks, strict=True):
                     options["lr"] = peak * rate_factor(step)
-                if config.flip:
-                    coin = torch.rand(len(pixels), 1, 1, 1, generator=noise, device=device) < 0.5
-                    pixels = torch.where(coin, pixels.flip(3), pixels)
-                x = model.likelihood.observe(pixels, noise)
-                eps = torch.randn(config.num_samples, len(x), model.latent_dim, generator=noise, device=device)
-                weight = 1.0
-                if group.size > 1:
-                    weight, share = group.weight(len(x)), group.share(len(x))
-                    x, eps = x[share], eps[:, share]
-                if config.channels_last:
-                    x = x.contiguous(memory_format=torch.channels_last)
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-                    terms = forward(x, eps)
-                if config.free_bits and group.size > 1:
-                    terms = with_global_kl(terms, weight, group)
-                optimizer.zero_grad()
-                (weight * loss(terms, beta(step), config.free_bits)).backward()
-                norm, skipped = take_step(optimizer, parameters, config)
+                trace[row] = train_step(forward, model, optimizer, pixels, noise, beta(step), config, group)
                 step += 1
                 if averages is not None:
                     with torch.no_grad():
                         torch._foreach_lerp_(averages, parameters, 1 - min(config.ema_decay, step / (9 + step)))
-                own = weight > 0
-                trace[row] = torch.stack([own * terms.log_likelihood.detach().sum(), own * terms.kl.detach().sum(), norm, skipped])
                 bar.update()
                 if config.checkpoint_minutes is not None and time.perf_counter() - last_written >= 60 * config.checkpoint_minutes:
                     write_state()
                     last_written = time.perf_counter()
 
-            sums = trace[:, :2].contiguous()
-            trace[:, :2] = group.sum(sums)
-            rows = trace.cpu()
+            rows = summed(trace, group).cpu()  # the epoch's only wait for the device, but for the validation
             with exchanged(parameters, averages):
                 check_finite(epoch, rows, model)
-                log_likelihood, kl = (rows[:, :2].double().sum(0) / len(images)).tolist()
+                log_likelihood, kl = (rows[:, :2].double().sum(0) / rows[:, 4].sum()).tolist()
                 record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
                 if valid is not None:
                     record |= validate(model, valid, config.seed, group)
@@ -498,6 +526,12 @@ def fit(
         elif averages is not None:
             torch._foreach_copy_([parameter.detach() for parameter in parameters], averages)
     return history
+
+
+def summed(trace: Tensor, group: Group) -> Tensor:
+    """The trace with sums and counts added up over the processes; norm and "skipped" are the same in all of them."""
+    shares = group.sum(trace[:, [0, 1, 4]])
+    return torch.cat([shares[:, :2], trace[:, 2:4], shares[:, 2:]], dim=1)
 
 
 def with_global_kl(terms: ElboTerms, weight: float, group: Group) -> ElboTerms:
