@@ -144,6 +144,7 @@ def test_discretized_gaussian_sums_to_one_over_the_256_levels(scale, generator):
     torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-5)
 
 
+@pytest.mark.equation("discretized-gaussian-log-prob")
 @pytest.mark.parametrize("scale", WIDE_AND_NARROW)
 @pytest.mark.parametrize("mean", [0.0, -0.99, 0.3, 1.2])
 def test_discretized_gaussian_is_the_gaussian_mass_of_the_levels_bin(scale, mean):
@@ -187,6 +188,23 @@ def test_discretized_gaussian_has_finite_log_probs_and_gradients_at_every_level_
     assert torch.isfinite(log_prob).all()
     assert torch.isfinite(params.grad).all()
     assert torch.isfinite(likelihood.log_scale.grad)
+
+
+@pytest.mark.equation("optimal-scale")
+def test_the_best_scale_is_the_root_mean_squared_error(generator):
+    x, params = torch.randn(2, 6, 3, 4, 4, generator=generator, dtype=torch.float64)
+    likelihood = Gaussian(learned=True).double()
+    with torch.no_grad():
+        likelihood.log_scale.copy_((x - params).square().mean().sqrt().log())
+    likelihood.log_prob(x, params).sum().backward()
+    assert likelihood.log_scale.grad.item() == pytest.approx(0, abs=1e-10)
+    at_best = likelihood.log_prob(x, params).sum()
+    for shift in (-0.1, 0.1):
+        with torch.no_grad():
+            likelihood.log_scale.add_(shift)
+        assert likelihood.log_prob(x, params).sum() < at_best
+        with torch.no_grad():
+            likelihood.log_scale.sub_(shift)
 
 
 def test_discretized_gaussian_is_over_the_256_levels_and_its_scale_can_be_learned():
@@ -350,6 +368,7 @@ def test_a_mixture_summed_over_its_last_channel_is_the_mixture_of_the_channels_b
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.equation("logistic-mixture-log-prob")
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_a_mixture_agrees_with_plain_loops_over_pixels_components_and_channels(channels, generator):
     likelihood = DiscretizedLogisticMixture(2)

@@ -277,11 +277,12 @@ class Gaussian(Likelihood):
 
     Real-valued x lies in [-1, 1] as `observe` gives it. Wider x is accepted up to +-10 (draws of the model overshoot); more looks
     like pixels that were never scaled and is refused. Discretized, it is a distribution over the 256 levels, each with the mass
-    of its bin (`level_bins`), so that bits/dim has a meaning; x is then refused between the levels.
+    of its bin (`level_bins`), so that bits/dim has a meaning; x is then refused between the levels. eq. discretized-gaussian-log-prob
 
     Args:
         scale: the standard deviation, in units of x (the start value where it is learned).
-        learned: whether `fit` learns it as one shared parameter (the "sigma-VAE" of Rybkin et al. 2021).
+        learned: whether `fit` learns it as one shared parameter (the "sigma-VAE" of Rybkin et al. 2021); its best value is the
+            root mean squared error, eq. optimal-scale
         discretized: whether x is one of the 256 levels instead of a real number.
     """
 
@@ -372,6 +373,8 @@ class DiscretizedLogistic(Likelihood):
 
 class DiscretizedLogisticMixture(Likelihood):
     """Per pixel a mixture of K discretized logistics that the channels share, as in PixelCNN++ (Salimans et al. 2017).
+
+    eq. logistic-mixture-log-prob
 
     p(x) = sum over k of pi_k prod over c of P(x_c; location m_kc + sum over c' < c of a_kcc' x_c', log-scale s_kc): channel c
     depends linearly on the channels before it. The K * (C + 1)(C + 2) / 2 params of a pixel with C channels are rows of K numbers
