@@ -219,12 +219,13 @@ def epoch_order(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
-def take_step(optimizer: torch.optim.Optimizer, parameters: list[Tensor], config: TrainConfig) -> tuple[Tensor, Tensor]:
+def take_step(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """One step of the optimizer with the gradient cut to `clip_norm`; no step where its norm is not finite or above `skip_norm`.
 
     Returns:
         The gradient's norm before clipping, and 1 where the step was left out, else 0: scalars on the device.
     """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     skip = ~(norm <= (config.skip_norm or torch.finfo(norm.dtype).max))
@@ -274,7 +275,7 @@ def train_step(
         objective = with_global_kl(terms, weight, group)
     optimizer.zero_grad()
     (weight * loss(objective, beta, config.free_bits)).backward()
-    norm, skipped = take_step(optimizer, list(model.parameters()), config)
+    norm, skipped = take_step(optimizer, config)
     counted = float(weight > 0)  # a share that only fills a place counts nothing
     sums = [counted * term.detach().sum() for term in (terms.log_likelihood, terms.kl)]
     return torch.stack([*sums, norm, skipped, torch.full_like(norm, counted * len(x))])
