@@ -8,11 +8,12 @@ import resource
 import signal
 import time
 
+import numpy as np
 import pytest
 import torch
 
 import vaelib
-from vaelib import TrainConfig, fit, image_set, mlp_vae, train_valid_split
+from vaelib import VAE, MLPDecoder, MLPEncoder, TrainConfig, fit, image_set, mlp_vae, train_valid_split
 from vaelib.checkpoints import FILE, read_checkpoint, write_checkpoint
 
 # every part that has a state: optimizer, schedule, KL warm-up, average of the weights, flips, binarization, draws of z
@@ -55,8 +56,8 @@ def test_a_run_killed_twenty_times_ends_with_the_weights_of_one_never_interrupte
     context.set_forkserver_preload(["vaelib", "vaelib.training", "sklearn.datasets", "torch._dynamo", "torch.optim"])
     chance, kills, run = random.Random(0), 0, 0
     stepped = []
-    while kills < 20 or not (tmp_path / str(run) / "model").exists():
-        if (tmp_path / str(run) / "model").exists():
+    while kills < 20 or not (tmp_path / str(run) / "model" / "config.json").exists():
+        if (tmp_path / str(run) / "model" / "config.json").exists():
             run += 1  # finished before the twentieth kill: begin another
         folder = tmp_path / str(run)
         folder.mkdir(exist_ok=True)
@@ -88,9 +89,9 @@ def without_time(record):
     return {key: value for key, value in record.items() if key != "seconds"}
 
 
-def stopped_at(step, folder, monkeypatch, **changes):
-    """A run that is cut off (as if by a crash) when it asks for its `step`-th batch."""
-    model, (images, _) = new_model(), new_sets()
+def stopped_at(step, folder, monkeypatch, model=None, valid=None, **changes):
+    """A run that is cut off (as if by a crash) when it asks for its batch after `step` steps."""
+    model, (images, _) = model or new_model(), new_sets()
     observe, calls = model.likelihood.observe, []
 
     def crash(*args, **kwargs):
@@ -102,7 +103,43 @@ def stopped_at(step, folder, monkeypatch, **changes):
     with monkeypatch.context() as patch:
         patch.setattr(model.likelihood, "observe", crash)
         with pytest.raises(RuntimeError, match="crash"):
-            fit(model, images, None, TrainConfig(**CONFIG | changes), folder=folder)
+            fit(model, images, valid, TrainConfig(**CONFIG | changes), folder=folder)
+
+
+def own_model():
+    torch.manual_seed(0)
+    parts = MLPEncoder((1, 28, 28), (8,), 3), MLPDecoder(3, (8,), (1, 28, 28))
+    return VAE(*parts, vaelib.Bernoulli(), (1, 28, 28), 3)  # without a config
+
+
+def gaussian_model():
+    torch.manual_seed(0)
+    return mlp_vae((1, 28, 28), (8,), 3, {"name": "gaussian", "learned": True})
+
+
+@pytest.mark.parametrize(("make", "changes"), [
+    (new_model, {"patience": 1, "learning_rate": 0.05}),  # the best weights lie in the checkpoint too
+    (new_model, {"patience": 2, "ema_decay": None}),
+    (new_model, {"optimizer": "RAdam"}),
+    (new_model, {"optimizer": "SGD", "learning_rate": 1e-4, "optimizer_options": {"momentum": 0.9}}),
+    (new_model, {"optimizer": "Rprop", "learning_rate": np.float64(1e-3), "beta": np.float32(0.5)}),
+    (new_model, {"precision": "bf16"}),
+    (gaussian_model, {}),
+    (own_model, {}),
+])  # fmt: skip
+def test_each_kind_of_run_resumes_to_the_same_bits(tmp_path, monkeypatch, make, changes):
+    images, valid = new_sets()
+    whole, resumed = make(), make()
+    history = fit(whole, images, valid, TrainConfig(**CONFIG | changes))
+    cut = min(19, 13 * len(history) - 1)
+    stopped_at(cut, tmp_path, monkeypatch, make(), valid, **changes)
+    step = read_checkpoint(tmp_path, {})["step"]
+    assert step % 13 > 0
+    again = fit(resumed, images, valid, TrainConfig(**CONFIG | changes), folder=tmp_path, resume=True)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert (again.stopped, again.best_epoch) == (history.stopped, history.best_epoch)
+    assert again.steps == 13 * len(history) - step
+    assert [without_time(epoch) for epoch in again] == [without_time(epoch) for epoch in history]
 
 
 def test_resume_goes_on_amid_an_epoch_and_takes_no_step_twice(tmp_path, monkeypatch):
@@ -140,6 +177,8 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, mo
         ((new_model(), images[:300], None, config), r"its images is 'digits \(400, 1, 28, 28\)"),
         ((new_model(), image_set(255 - images.pixels), None, config), "its images is 'digits"),
         ((new_model(), images, valid, config), "its valid is None"),
+        ((own_model(), images, None, config), "its model is "),
+        ((new_model(), images, None, TrainConfig(**CONFIG | {"channels_last": True})), "its config.channels_last is False"),
         (
             (new_model(), images, None, TrainConfig(**CONFIG | {"learning_rate": 1e-3})),
             "its config.learning_rate is 0.005, expected 0.001",
@@ -156,12 +195,14 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tmp_path, mo
     assert len(fit(new_model(), images, None, free, folder=tmp_path, resume=True)) == 6
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "other", "code"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "other", "code", "tensor"])
 def test_a_broken_checkpoint_is_refused_and_runs_no_code(tmp_path, monkeypatch, damage):
     stopped_at(5, tmp_path, monkeypatch)
     path = tmp_path / FILE
     content = path.read_bytes()
-    if damage == "code":
+    if damage == "tensor":
+        torch.save(torch.ones(3), path)
+    elif damage == "code":
         torch.save({"version": 1, "model": Exploit(tmp_path / "ran")}, path)
     else:
         path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "other": b"no checkpoint at all"}[damage])
@@ -223,6 +264,56 @@ def test_a_loss_that_turns_nan_names_step_and_term_and_keeps_the_last_good_check
     for name, value in model.state_dict().items():
         assert torch.equal(value, state["weights"][name])
     assert len((tmp_path / "history.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_checkpoint_amid_an_epoch_is_never_one_of_a_broken_loss(tmp_path, monkeypatch):
+    images, _ = new_sets()
+    model = new_model()
+    elbo, calls = model.elbo, []
+
+    def turns_nan(*args, **kwargs):
+        calls.append(1)
+        terms = elbo(*args, **kwargs)
+        return terms._replace(kl=terms.kl * float("nan")) if len(calls) == 13 + 6 else terms
+
+    monkeypatch.setattr(model, "elbo", turns_nan)
+    with pytest.raises(FloatingPointError, match="epoch 2, step 6"):
+        fit(model, images, None, TrainConfig(**CONFIG | {"free_bits": 0.0}), folder=tmp_path)  # a checkpoint at each step
+    assert read_checkpoint(tmp_path, {})["step"] == 13 + 5
+
+
+def test_the_first_ctrl_c_waits_for_the_step_and_leaves_a_checkpoint_of_it(tmp_path, monkeypatch):
+    images, valid = new_sets()
+    config = TrainConfig(**CONFIG | {"checkpoint_minutes": None})
+    whole, model = new_model(), new_model()
+    fit(whole, images, valid, config)
+    observe, calls = model.likelihood.observe, []
+
+    def press(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 9:
+            signal.raise_signal(signal.SIGINT)
+        return observe(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.likelihood, "observe", press)
+        history = fit(model, images, valid, config, folder=tmp_path)
+    assert history.stopped == "interrupted"
+    assert history.steps == len(calls) == read_checkpoint(tmp_path, {})["step"] == 9
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    fit(model, images, valid, config, folder=tmp_path, resume=True)
+    assert torch.equal(weights(model), weights(whole))
+
+
+def test_an_early_stop_leaves_a_checkpoint_of_its_end(tmp_path):
+    images, valid = new_sets()
+    config = TrainConfig(
+        **CONFIG | {"epochs": 30, "patience": 1, "learning_rate": 0.05, "checkpoint_epochs": 50, "checkpoint_minutes": None}
+    )
+    history = fit(new_model(), images, valid, config, folder=tmp_path)
+    assert history.stopped == "early stop"
+    again = fit(new_model(), images, valid, config, folder=tmp_path, resume=True)
+    assert (again.stopped, again.steps, len(again)) == ("early stop", 0, len(history))
 
 
 def test_checkpoints_come_after_the_epochs_and_minutes_asked_for(tmp_path, monkeypatch):

@@ -58,6 +58,12 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     done = vaelib_command("train", *QUICK, "--out", run_folder)
     assert done.returncode == 2
     assert "already holds a model" in done.stderr
+    done = vaelib_command("train", *QUICK, "--out", run_folder, "--resume", "--overwrite")
+    assert "overwrite: got it beside --resume" in done.stderr
+    record = (run_folder / "run.json").read_bytes()
+    done = vaelib_command("train", *QUICK, "--out", run_folder, "--resume")  # it is finished: nothing is trained or written
+    assert done.returncode == 0, done.stderr
+    assert (run_folder / "run.json").read_bytes() == record
     assert (run_folder / "model.safetensors").read_bytes() == before
 
 
@@ -131,3 +137,14 @@ def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_command, 
     assert json.loads((tmp_path / "run.json").read_text())["model"] == model.config
     done = vaelib_command("evaluate", tmp_path, "--json", "--elbo-samples", 1)
     assert 0 < json.loads(done.stdout)["bits_per_dim"] < 10
+
+
+def test_overwrite_leaves_nothing_of_the_old_run_even_when_the_new_one_fails(vaelib_command, tmp_path):
+    assert vaelib_command("train", *QUICK, "--out", tmp_path).returncode == 0
+    (tmp_path / "checkpoint.pt").unlink()
+    done = vaelib_command("train", *QUICK, "--out", tmp_path, "--resume")  # a model without a checkpoint cannot be gone on with
+    assert done.returncode == 2
+    assert "already holds a model" in done.stderr
+    wild = ("--optimizer", "SGD", "--learning-rate", "1e38", "--schedule", "constant", "--warmup", "0", "--clip-norm", "0")
+    assert vaelib_command("train", *QUICK, *wild, "--out", tmp_path, "--overwrite").returncode == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]

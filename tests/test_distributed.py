@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -50,28 +51,44 @@ def test_two_processes_follow_the_trajectory_of_one_at_the_same_global_batch(run
         assert second[key] == pytest.approx(first[key], rel=1e-5), key
 
 
-def test_the_first_process_alone_writes_and_any_number_resumes(runs):
+def test_the_first_process_alone_writes(runs):
     names = ["checkpoint.pt", "config.json", "history.jsonl", "model.safetensors", "run.json"]
     for folder in runs.values():
         assert sorted(path.name for path in folder.iterdir()) == names
-    done = launch(1, *TRAIN, "--out", runs[2], "--json", "--resume")
-    assert done.returncode == 0, done.stderr
 
 
-def test_a_failed_process_ends_the_run_with_a_clear_message(tmp_path):
-    patch = tmp_path / "sitecustomize.py"
-    patch.write_text(
+def fails_at(tmp_path, batch, ranks):
+    """A folder for PYTHONPATH with which these ranks fail at a batch."""
+    (tmp_path / "sitecustomize.py").write_text(
         "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
+        f"if os.environ.get('RANK') in {ranks}:\n"
         "    import vaelib\n"
         "    observe, calls = vaelib.Bernoulli.observe, []\n"
         "    def fails(self, *args, **kwargs):\n"
         "        calls.append(1)\n"
-        "        if len(calls) > 5: raise RuntimeError('this GPU fell off the bus')\n"
+        f"        if len(calls) > {batch}: raise RuntimeError('this GPU fell off the bus')\n"
         "        return observe(self, *args, **kwargs)\n"
         "    vaelib.Bernoulli.observe = fails\n"
     )
-    done = launch(2, *TRAIN, "--out", tmp_path / "run", PYTHONPATH=str(tmp_path))
+    return str(tmp_path)
+
+
+def test_a_run_of_two_processes_that_was_cut_off_goes_on_with_two_or_with_one(runs, tmp_path):
+    often = ("--checkpoint-minutes", "1e-9")
+    broken = fails_at(tmp_path, 9, ("0", "1"))
+    assert launch(2, *TRAIN, *often, "--out", tmp_path / "run", PYTHONPATH=broken).returncode != 0
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    expected = load_file(runs[1] / "model.safetensors")
+    for processes, folder in ((2, "run"), (1, "again")):
+        done = launch(processes, *TRAIN, *often, "--out", tmp_path / folder, "--resume", "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["steps"] < 21  # of 21, nine were done
+        for name, value in load_file(tmp_path / folder / "model.safetensors").items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_failed_process_ends_the_run_with_a_clear_message(tmp_path):
+    done = launch(2, *TRAIN, "--out", tmp_path / "run", PYTHONPATH=fails_at(tmp_path, 5, ("1",)))
     assert done.returncode != 0
     assert "vaelib: error (process 1 of 2): this GPU fell off the bus" in done.stderr
     assert not (tmp_path / "run" / "model.safetensors").exists()

@@ -179,7 +179,7 @@ def test_early_stop_puts_the_best_weights_back(monkeypatch, model, split):
 
     def scripted(model, images, **kwargs):
         seen.append(weights(model))
-        return ElboTerms(torch.tensor([next(scores)]), torch.zeros(1))
+        return ElboTerms(torch.full((len(images),), next(scores)), torch.zeros(len(images)))
 
     monkeypatch.setattr("vaelib.training.heldout_elbo", scripted)
     history = fit(model, *split, TrainConfig(epochs=5, batch_size=100, patience=2, **QUIET))
@@ -218,8 +218,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(model, split
 def test_fit_leaves_the_mode_of_the_model_alone(model, split):
     for mode in (True, False):
         model.train(mode)
+        model.decoder.eval()
         fit(model, *split, TrainConfig(epochs=1, **QUIET))
         assert model.training is mode
+        assert not model.decoder.training
 
 
 def test_the_progress_bar_shows_the_elbo(model, split, capsys):
@@ -247,6 +249,12 @@ def test_the_progress_bar_shows_the_elbo(model, split, capsys):
     ({"warmup": -0.1}, "warmup: got float -0.1"),
     ({"num_samples": 0}, "num_samples: got int 0"),
     ({"seed": -1}, "seed: got int -1"),
+        ({"flip": "no"}, "flip: got str 'no', expected True or False"),
+        ({"optimizer_options": [1]}, r"optimizer_options: got list \[1\], expected a dict"),
+        ({"precision": "fp16"}, "precision: got 'fp16'"),
+        ({"ema_decay": 1.5}, "ema_decay: got 1.5, expected a decay, at most 1"),
+        ({"skip_norm": 0}, "skip_norm: got int 0"),
+        ({"checkpoint_epochs": 0}, "checkpoint_epochs: got int 0"),
         ({"seed": 2**63}, "seed: got 9223372036854775808, expected an integer below"),
         ({"warmup": 5.0}, "warmup: got 5.0, expected a share of the steps, at most 1"),
         ({"optimizer": lambda p: None, "optimizer_options": {"lr": 1}}, "optimizer_options: got options beside a function"),
@@ -267,8 +275,13 @@ def test_fit_refuses_what_does_not_fit(model, split):
         ((train,), {"config": TrainConfig(patience=3)}, "patience: .*expected valid"),
         ((train,), {"config": {"epochs": 3}}, "config: got dict .*, expected a TrainConfig"),
         ((train,), {"config": TrainConfig(device="gpu")}, "device: got 'gpu'"),
+        ((train,), {"config": TrainConfig(device=3.5)}, "device: got 3.5"),
         ((train,), {"config": TrainConfig(optimizer_options={"momentun": 1}, optimizer="SGD")}, "optimizer_options: got"),
     ]
+    with pytest.raises(ValueError, match="model: got Linear, expected a VAE"):
+        fit(torch.nn.Linear(2, 2), train)
+    with pytest.raises(ValueError, match="model: got weights of torch.float64, expected torch.float32"):
+        fit(mlp_vae((1, 28, 28), (4,), 2).double(), train)
     before = weights(model)
     for arguments, keywords, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -362,8 +375,8 @@ def test_a_step_whose_gradient_is_too_large_is_left_out_and_counted(split, optio
     assert history["skipped_steps"] == [0]
     assert not torch.equal(start, end)
     norm = history["gradient_norm"][0]
-    with pytest.raises(FloatingPointError, match="epoch 1, the gradient's norm was not finite, or above skip_norm, in all 1 steps"):
-        one_step(skip_norm=0.99 * norm, optimizer_options=options)
+    with pytest.raises(FloatingPointError, match="epoch 2, the gradient's norm was above skip_norm in all 1 steps; try a larger"):
+        one_step(epochs=2, skip_norm=0.99 * norm, optimizer_options=options)
     torch.manual_seed(0)
     model = mlp_vae((1, 28, 28), (32,), 4)
     config = {"epochs": 1, "batch_size": 50, "schedule": "constant", "skip_norm": 100.0, "optimizer_options": options, **QUIET}
@@ -384,6 +397,42 @@ def test_an_infinite_gradient_behind_a_finite_loss_costs_one_step_and_no_weight(
     history = fit(model, split[0], config=TrainConfig(epochs=1, batch_size=50, **QUIET))
     assert history[0]["skipped_steps"] == 1
     assert torch.isfinite(weights(model)).all()
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adagrad", "SGD", "SGD with momentum", "RMSprop"])
+def test_each_optimizer_leaves_a_first_bad_step_out_as_if_it_had_not_been(monkeypatch, name, split):
+    ends = []
+    for fused in ({}, {"foreach": True}):
+        torch.manual_seed(0)
+        model = mlp_vae((1, 28, 28), (32,), 4)
+        elbo, calls = model.elbo, []
+
+        def once_infinite(*args, elbo=elbo, calls=calls, **kwargs):
+            calls.append(1)
+            terms = elbo(*args, **kwargs)
+            return terms._replace(kl=terms.kl + 0 * (terms.kl.detach() - terms.kl).sqrt()) if len(calls) == 1 else terms
+
+        monkeypatch.setattr(model, "elbo", once_infinite)
+        options = fused | ({"momentum": 0.9} if "momentum" in name else {})
+        config = {"epochs": 1, "batch_size": 100, "optimizer": name.split()[0], "learning_rate": 1e-4, "optimizer_options": options}
+        history = fit(model, split[0], config=TrainConfig(**config | QUIET))
+        assert history["skipped_steps"] == [1]
+        ends.append(weights(model))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_of_one_step_epochs_survives_one_bad_step(monkeypatch, model, digits):
+    elbo, calls = model.elbo, []
+
+    def once_infinite(*args, **kwargs):
+        calls.append(1)
+        terms = elbo(*args, **kwargs)
+        return terms._replace(kl=terms.kl + 0 * (terms.kl.detach() - terms.kl).sqrt()) if len(calls) == 2 else terms
+
+    monkeypatch.setattr(model, "elbo", once_infinite)
+    history = fit(model, digits[:50], config=TrainConfig(epochs=4, batch_size=50, **QUIET))
+    assert history["skipped_steps"] == [0, 1, 0, 0]
+    assert history["gradient_norm"][1] is None
 
 
 @pytest.mark.parametrize("options", [{}, {"foreach": True}])

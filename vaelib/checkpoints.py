@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vaelib.data import ImageSet
@@ -24,6 +25,15 @@ def fingerprint(images: ImageSet) -> str:
     return f"{images.name} {tuple(pixels.shape)} {hashlib.blake2b(pixels.numpy(), digest_size=16).hexdigest()}"
 
 
+def plain(value: Any) -> Any:
+    """The same with NumPy's numbers as Python's own: the reader accepts nothing else."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` to ``checkpoint.pt`` in the folder: to a temporary file, onto the disk, then renamed over the old one.
 
@@ -34,7 +44,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     partial = folder / f".{FILE}.partial"
     try:
         with partial.open("wb") as file:
-            torch.save({"version": VERSION, **state}, file)
+            torch.save(plain({"version": VERSION, **state}), file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, folder / FILE)
@@ -58,14 +68,14 @@ def read_checkpoint(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         version = state["version"]
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.PickleError, zipfile.BadZipFile) as error:
         reason = str(error).split(".")[0].strip()
         raise ValueError(f"resume: {path} is truncated or no checkpoint of vaelib ({reason})") from error
     if version != VERSION:
         raise ValueError(f"resume: {path} has version {version}, expected {VERSION}")
     for name, value in expected.items():
-        if state[name] != value:
-            raise ValueError(f"resume: {path} belongs to another run: {difference(name, state[name], value)}")
+        if state.get(name) != value:
+            raise ValueError(f"resume: {path} belongs to another run: {difference(name, state.get(name), value)}")
     return state
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -18,13 +19,13 @@ import typer
 from vaelib._validation import check_choice, check_int
 from vaelib.checkpoints import FILE as CHECKPOINT
 from vaelib.data import NAMES, load_images, train_valid_split
-from vaelib.distributed import join
+from vaelib.distributed import join, leave
 from vaelib.evaluation import evaluate as evaluate_model
 from vaelib.generation import generate
 from vaelib.ledger import entry
 from vaelib.likelihoods import LIKELIHOODS
-from vaelib.storage import CONFIG, MODELS, load, save, writable_folder, write_text
-from vaelib.training import TrainConfig, choose_device, fit
+from vaelib.storage import CONFIG, MODELS, WEIGHTS, load, save, writable_folder, write_text
+from vaelib.training import HISTORY, TrainConfig, choose_device, fit
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -151,8 +152,12 @@ def train(
         progress=not as_json,
     )
     group = join(choose_device(device))
-    if (out / CONFIG).exists() and not (overwrite or resume):
-        raise ValueError(f"out: {out} already holds a model, expected another folder; --overwrite replaces it")
+    if resume and overwrite:
+        raise ValueError("overwrite: got it beside --resume, expected one of the two")
+    found = [name for name in (CONFIG, CHECKPOINT) if (out / name).exists()]
+    if found and not (overwrite or (resume and CHECKPOINT in found)):
+        has = "already holds a model" if CONFIG in found else "already holds a checkpoint, --resume goes on from it"
+        raise ValueError(f"out: {out} {has}, expected another folder; --overwrite replaces it")
     if group.leads:
         images = load_images(data)  # fetched by one process only
     group.wait()
@@ -163,18 +168,26 @@ def train(
     vae = MODELS[model](image_shape=images.image_shape, **arguments)
     if group.leads:
         writable_folder("out", out)
-        if overwrite and not resume:
-            (out / CHECKPOINT).unlink(missing_ok=True)
+        if overwrite:
+            for name in (CHECKPOINT, CONFIG, WEIGHTS, HISTORY, RUN):
+                (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / "tensorboard", ignore_errors=True)
     group.wait()
     start = time.perf_counter()
     history = fit(vae, train_images, valid, config, folder=out, resume=resume, tensorboard=tensorboard)
     seconds = time.perf_counter() - start
+    leave()
     if not group.leads:
         return
+    if history.steps == 0 and (out / RUN).exists():  # the run was finished before: its record stands
+        show(json.loads((out / RUN).read_text(encoding="utf-8"))["metrics"], as_json)
+        return
     save(vae, out)
-    # the epoch whose weights are saved: the best one where an early stop put it back
+    # the epoch whose weights are saved: the best one where an early stop put it back; none where Ctrl-C came amid one
     saved_epoch = dict(history[history.best_epoch - 1 if patience and history.best_epoch else -1]) if history else {}
     saved_epoch.pop("seconds", None)
+    if history.stopped == "interrupted":
+        saved_epoch = {}
     summary = {
         "out": str(out),
         "data": data,
@@ -182,6 +195,7 @@ def train(
         "stopped": history.stopped,
         "device": history.device,
         "processes": group.size,
+        "steps": history.steps,
         "seconds": round(seconds, 1),
         "seconds_of_all_epochs": round(sum(history["seconds"]), 1),
         **saved_epoch,

@@ -59,3 +59,9 @@ def join(device: torch.device) -> Group:
             torch.cuda.set_device(local % torch.cuda.device_count() if device.index is None else device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return Group(dist.get_rank(), dist.get_world_size())
+
+
+def leave() -> None:
+    """Take this process out of its group, if it is in one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -58,7 +58,7 @@ class HierarchicalVAE(VAE):
 
     def sample_prior(self, eps: Tensor) -> Tensor:
         """z from p(z), group by group, made of standard normal noise: (N, L) -> (N, L)."""
-        self.check_code(eps)
+        self.check_code(eps, "eps")
         return self._top_down(eps)[1]
 
     def infer(

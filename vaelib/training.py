@@ -8,10 +8,12 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,11 @@ class TrainConfig:
         if self.patience is not None:
             check_int("patience", self.patience)
         check_choice("precision", self.precision, ("float32", "bf16"))
+        for name in ("flip", "compile", "channels_last", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: got {describe(getattr(self, name))}, expected True or False")
+        if self.optimizer_options is not None and not isinstance(self.optimizer_options, dict):
+            raise ValueError(f"optimizer_options: got {describe(self.optimizer_options)}, expected a dict")
         if not callable(self.optimizer):
             check_choice("optimizer", self.optimizer, OPTIMIZERS)
         elif not inspect.isclass(self.optimizer) and self.optimizer_options:
@@ -124,12 +131,20 @@ class TrainConfig:
             check_choice("schedule", self.schedule, SCHEDULES)
 
     def as_dict(self) -> dict[str, Any]:
-        """The configuration as plain data; functions become their names."""
-        return {key: getattr(value, "__name__", repr(value)) if callable(value) else value for key, value in asdict(self).items()}
+        """The configuration as plain data; functions and classes become their names (all lambdas have the same)."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: name_of(value) if callable(value) else value for key, value in values.items()}
 
 
+def name_of(function: Any) -> str:
+    """Module and name of a function or class; of a callable object those of its class."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+HISTORY = "history.jsonl"
 # What may differ between a run and its continuation: where and how fast it runs, and what it shows, but not what it computes.
-FREE_ON_RESUME = ("device", "compile", "channels_last", "checkpoint_epochs", "checkpoint_minutes", "progress")
+FREE_ON_RESUME = ("device", "compile", "checkpoint_epochs", "checkpoint_minutes", "progress")
 
 
 class History(list[dict[str, float]]):
@@ -137,18 +152,20 @@ class History(list[dict[str, float]]):
 
     Keys: ``epoch`` (from 1), ``train_elbo``, ``train_log_likelihood``, ``train_kl`` (means over the epoch's images while the
     weights moved, nats), ``valid_elbo``, ``valid_log_likelihood``, ``valid_kl`` (where a validation set was given),
-    ``gradient_norm`` (mean over the steps that were taken, before clipping), ``skipped_steps``, ``learning_rate`` and ``beta``
-    (at the epoch's last step), ``seconds``.
+    ``gradient_norm`` (mean over the steps that were taken, before clipping; None where there was none), ``skipped_steps``,
+    ``learning_rate`` and ``beta`` (at the epoch's last step), ``seconds``.
 
     Attributes:
         stopped: ``"finished"``, ``"early stop"`` or ``"interrupted"``.
         best_epoch: the epoch with the best validation ELBO, None without a validation set.
         device: what it ran on.
+        steps: how many steps this call of `fit` took; fewer than the whole run's after a resume.
     """
 
     stopped = "finished"
     best_epoch: int | None = None
     device = "cpu"
+    steps = 0
 
     def __getitem__(self, key: Any) -> Any:
         return [epoch[key] for epoch in self] if isinstance(key, str) else super().__getitem__(key)
@@ -165,7 +182,7 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'mps'") from error
     count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}.get(chosen.type)
     if count is None:
@@ -188,7 +205,10 @@ def make_optimizer(model: VAE, config: TrainConfig) -> torch.optim.Optimizer:
     ):
         options.setdefault("fused", True)
     try:
-        return kind(model.parameters(), **options)
+        try:
+            return kind(model.parameters(), **options)
+        except RuntimeError:  # a torch whose fused form does not reach this device
+            return kind(model.parameters(), **options | {"fused": False})
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"optimizer_options: got {config.optimizer_options}, which {kind.__name__} does not take: {error}"
@@ -230,7 +250,8 @@ def take_step(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Te
     norm = torch.stack(torch._foreach_norm(gradients)).norm()
     skip = ~(norm <= (config.skip_norm or torch.finfo(norm.dtype).max))
     scale = None if config.clip_norm is None else (norm / config.clip_norm).clamp(min=1)
-    if getattr(optimizer, "_step_supports_amp_scaling", False):  # a fused optimizer divides and skips inside its kernel
+    momentum = any(group.get("momentum") for group in optimizer.param_groups)  # fused SGD would skip, but leave its buffer unset
+    if getattr(optimizer, "_step_supports_amp_scaling", False) and not momentum:  # it divides and skips inside its kernel
         optimizer.grad_scale, optimizer.found_inf = scale, skip.float()  # type: ignore[attr-defined]
         optimizer.step()
     elif not skip:  # the others must wait for the answer
@@ -268,7 +289,7 @@ def train_step(
         x, eps = x[share], eps[:, share]
     if config.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+    with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
         terms = forward(x, eps)
     objective = terms
     if config.free_bits and group.size > 1:
@@ -301,7 +322,7 @@ def exchanged(parameters: list[Tensor], others: list[Tensor] | None) -> Iterator
                 parameter.copy_(value)
 
 
-def check_finite(epoch: int, trace: Tensor, model: VAE) -> None:
+def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> None:
     """FloatingPointError that names epoch, step and what is no longer finite: a term of the loss, every gradient, or a weight.
 
     `trace` has a row for each step, as `train_step` gives it.
@@ -312,17 +333,25 @@ def check_finite(epoch: int, trace: Tensor, model: VAE) -> None:
         step = int(bad.any(1).nonzero()[0])
         term = int(bad[step].nonzero()[0])
         wrong.append(f"step {step + 1}: the training {('log-likelihood', 'KL')[term]} is {trace[step, term].item():g}")
-    elif (trace[:, 3] == 1).all():
-        wrong.append(f"the gradient's norm was not finite, or above skip_norm, in all {len(trace)} steps")
+    elif (trace[:, 3] == 1).all() and (len(trace) > 1 or (history and history[-1]["skipped_steps"])):
+        reason = "above skip_norm" if trace[:, 2].isfinite().all() else "not finite"
+        wrong.append(f"the gradient's norm was {reason} in all {len(trace)} steps")
     wrong += [f"the weight {name} is not finite" for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if wrong:
-        raise FloatingPointError(f"epoch {epoch}, {wrong[0]}; try a lower learning_rate or a clip_norm")
+        advice = "a larger skip_norm" if "above skip_norm" in wrong[0] else "a lower learning_rate or a clip_norm"
+        raise FloatingPointError(f"epoch {epoch}, {wrong[0]}; try {advice}")
 
 
 def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig) -> None:
     """ValueError unless `fit` can start with these."""
     if not isinstance(config, TrainConfig):
         raise ValueError(f"config: got {describe(config)}, expected a TrainConfig")
+    if not isinstance(model, VAE):
+        raise ValueError(f"model: got {type(model).__name__}, expected a VAE")
+    if dtypes := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+        raise ValueError(
+            f"model: got weights of {dtypes.pop()}, expected torch.float32; precision='bf16' is an argument of TrainConfig"
+        )
     for name, these in (("images", images), ("valid", valid)):
         if these is None and name == "valid":
             continue
@@ -342,8 +371,9 @@ def validate(model: VAE, valid: ImageSet, seed: int, group: Group) -> dict[str, 
     own = group.rank < len(valid)
     sums = [float(own) * getattr(terms, name).double().sum().item() for name in ("elbo", "log_likelihood", "kl")]
     means = group.sum(torch.tensor(sums, device=model.device, dtype=torch.float32 if model.device.type == "mps" else torch.float64))
-    count = len(valid) if group.size > 1 else len(terms.kl)
-    return {f"valid_{name}": value / count for name, value in zip(("elbo", "log_likelihood", "kl"), means.tolist(), strict=True)}
+    return {
+        f"valid_{name}": value / len(valid) for name, value in zip(("elbo", "log_likelihood", "kl"), means.tolist(), strict=True)
+    }
 
 
 def fit(
@@ -366,8 +396,9 @@ def fit(
         valid: what to compute the ELBO on after each epoch, with the same noise each time.
         config: see `TrainConfig`.
         folder: where ``checkpoint.pt`` and ``history.jsonl`` (one JSON object per epoch) are written; None writes nothing.
-        resume: go on from the folder's checkpoint, or start where there is none. On a CPU the result is, to the last bit, that
-            of a run that was never interrupted.
+        resume: go on from the folder's checkpoint, or start where there is none. In one process on a CPU the result is, to the
+            last bit, that of a run that was never interrupted. (With several, the training means of an epoch that was cut off
+            leave out some images; on another kind of device the noise is another.)
         tensorboard: write the history for TensorBoard too, to ``tensorboard`` in the folder (``pip install tensorboard``).
 
     Returns:
@@ -376,8 +407,8 @@ def fit(
     Raises:
         ValueError: If images and model don't fit together, the configuration asks for what is not there, the folder holds a
             checkpoint and `resume` is off, or its checkpoint belongs to another run.
-        FloatingPointError: If a term of the loss or a weight is no longer finite; the model then has the weights of the last good
-            epoch, and the folder its checkpoint.
+        FloatingPointError: If a term of the loss or a weight is no longer finite; the model then has the weights after the last
+            good epoch (or where it resumed), and the folder the last checkpoint before the trouble.
     """
     config = config or TrainConfig()
     check_arguments(model, images, valid, config)
@@ -387,7 +418,7 @@ def fit(
     if folder is not None and (folder / FILE).exists() and not resume:
         raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
     identity = {} if folder is None else {
-        "model": model.config,
+        "model": model.config or repr(model),
         "images": fingerprint(images),
         "valid": None if valid is None else fingerprint(valid),
         "config": {key: value for key, value in config.as_dict().items() if key not in FREE_ON_RESUME},
@@ -406,6 +437,11 @@ def fit(
         model.to(memory_format=torch.channels_last)
     images = images.to(device)
     valid = None if valid is None else valid.to(device)
+    forward = model
+    if group.size > 1:  # this also makes all processes start from the first one's weights
+        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if config.compile:
+        forward = torch.compile(forward)
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, config)
     peaks = [options["lr"] for options in optimizer.param_groups]
@@ -419,7 +455,7 @@ def fit(
     history = History()
     history.device = str(device)
     step, trace = 0, torch.zeros(steps_per_epoch, 5, device=device)  # steps done; what each step of this epoch gave
-    best_elbo, best_weights = -math.inf, None
+    best_elbo, best_weights, elapsed = -math.inf, None, 0.0  # seconds of this epoch so far
 
     def write_state() -> None:
         if folder is not None and group.leads:
@@ -427,43 +463,41 @@ def fit(
                 "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages,
                 "noise": noise.get_state(), "device": device.type, "history": list(history), "best_epoch": history.best_epoch,
                 "step": step, "trace": trace, "best_elbo": best_elbo, "best_weights": best_weights,
+                "elapsed": elapsed,
             })  # fmt: skip
 
+    writer = tensorboard_writer() if tensorboard else None
+    group.wait()  # all have looked for a checkpoint before the first one writes it
     if folder is not None and resume and (folder / FILE).exists():
         state = read_checkpoint(folder, identity)
-        try:
-            model.load_state_dict(state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
-        except (RuntimeError, ValueError) as error:  # a model of your own, without a config to compare
-            raise ValueError(f"resume: {folder / FILE} belongs to another model ({' '.join(str(error).split())})") from error
+        model.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
         averages = None if averages is None else [value.to(device) for value in state["averages"]]
         if state["device"] == device.type:  # another kind of device has another kind of generator
             noise.set_state(state["noise"])
         history.extend(state["history"])
         history.best_epoch, best_elbo, best_weights = state["best_epoch"], state["best_elbo"], state["best_weights"]
-        step = state["step"]
+        step, elapsed = state["step"], state["elapsed"]
         if group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
             trace = state["trace"].to(device)
+        group.wait()
     elif folder is not None:
         write_state()  # whether it can be written is known before any work
-    group.wait()
-    forward = model
-    if group.size > 1:
-        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    if config.compile:
-        forward = torch.compile(forward)
 
     with exchanged(parameters, averages):
         good_weights = copy_of_weights(model)
-    was_training, last_written = model.training, time.perf_counter()
-    writer = tensorboard_writer(folder, len(history)) if tensorboard and group.leads else None
+    modes = {module: module.training for module in model.modules()}
+    first_step, last_written = step, time.perf_counter()
+    if writer is not None:  # it forgets what an interrupted run wrote after its checkpoint
+        writer = writer(folder / "tensorboard", purge_step=len(history) + 1) if group.leads else None
+    pressed, release = hold_interrupts()
     bar = tqdm(total=config.epochs * steps_per_epoch, initial=step, unit="batch", disable=not (config.progress and group.leads))
     try:
         for epoch in range(len(history) + 1, config.epochs + 1):
             if config.patience is not None and history.best_epoch and epoch - 1 - history.best_epoch >= config.patience:
                 history.stopped = "early stop"
                 break
-            start = time.perf_counter()
+            start = time.perf_counter() - elapsed
             model.train()
             done = step - (epoch - 1) * steps_per_epoch  # above 0 only on resume
             for row, pixels in enumerate(minibatches(images, config.batch_size, epoch_order(config.seed, epoch), done), done):
@@ -475,13 +509,17 @@ def fit(
                     with torch.no_grad():
                         torch._foreach_lerp_(averages, parameters, 1 - min(config.ema_decay, step / (9 + step)))
                 bar.update()
+                elapsed = time.perf_counter() - start
+                if pressed:
+                    raise KeyboardInterrupt
                 if config.checkpoint_minutes is not None and time.perf_counter() - last_written >= 60 * config.checkpoint_minutes:
-                    write_state()
+                    if trace[: row + 1, :2].isfinite().all():  # never over the last good one
+                        write_state()
                     last_written = time.perf_counter()
 
             rows = summed(trace, group).cpu()  # the epoch's only wait for the device, but for the validation
             with exchanged(parameters, averages):
-                check_finite(epoch, rows, model)
+                check_finite(epoch, rows, model, history)
                 log_likelihood, kl = (rows[:, :2].double().sum(0) / rows[:, 4].sum()).tolist()
                 record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
                 if valid is not None:
@@ -492,36 +530,45 @@ def fit(
                         )
                 good_weights = copy_of_weights(model)
             taken = rows[rows[:, 3] == 0]
-            record |= {"gradient_norm": taken[:, 2].mean().item(), "skipped_steps": len(rows) - len(taken)}
+            norm = taken[:, 2].mean().item() if len(taken) else None
+            record |= {"gradient_norm": norm, "skipped_steps": len(rows) - len(taken)}
             record |= {
                 "learning_rate": peaks[0] * rate_factor(step - 1),
                 "beta": beta(step - 1),
                 "seconds": time.perf_counter() - start,
             }
             history.append(record)
+            elapsed = 0.0
             bar.set_postfix({key: f"{record[key]:.2f}" for key in ("train_elbo", "valid_elbo") if key in record})
             if valid is not None and record["valid_elbo"] > best_elbo:
                 best_elbo, history.best_epoch = record["valid_elbo"], epoch
                 if config.patience is not None:
                     best_weights = good_weights
             if folder is not None and group.leads:
-                write_text(folder / "history.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-                if epoch % config.checkpoint_epochs == 0 or epoch == config.epochs:
+                write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in history))
+                if epoch % config.checkpoint_epochs == 0:
                     write_state()
                     last_written = time.perf_counter()
             if writer is not None:
                 for key, value in record.items():
-                    writer.add_scalar(key, value, epoch)
+                    if value is not None:
+                        writer.add_scalar(key, value, epoch)
+        write_state()
     except KeyboardInterrupt:
         history.stopped = "interrupted"
+        if pressed:  # between two steps, so that the state is whole
+            write_state()
     except FloatingPointError:
-        best_weights = best_weights or good_weights
+        best_weights = good_weights
         raise
     finally:
+        release()
+        history.steps = step - first_step
         bar.close()
         if writer is not None:
             writer.close()
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
         if best_weights is not None:
             model.load_state_dict(best_weights)
         elif averages is not None:
@@ -542,10 +589,29 @@ def with_global_kl(terms: ElboTerms, weight: float, group: Group) -> ElboTerms:
     return terms._replace(kl_per_unit=terms.kl_per_unit + (total - local.detach()))
 
 
-def tensorboard_writer(folder: Path, epochs_done: int) -> Any:
-    """A SummaryWriter that forgets what an interrupted run wrote after its checkpoint."""
+def tensorboard_writer() -> Any:
+    """TensorBoard's SummaryWriter, or a ValueError that says how to get it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ValueError("tensorboard: the package is not installed; pip install tensorboard") from error
-    return SummaryWriter(folder / "tensorboard", purge_step=epochs_done + 1)
+    return SummaryWriter
+
+
+def hold_interrupts() -> tuple[list[int], Callable[[], None]]:
+    """Let the first Ctrl-C wait until the step is done, so that a checkpoint can be written; the second one acts at once.
+
+    Returns:
+        A list that the first Ctrl-C fills, and a function that puts the old handling back.
+    """
+    pressed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        return pressed, lambda: None
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    return pressed, lambda: signal.signal(signal.SIGINT, before) and None

@@ -92,7 +92,7 @@ class VAE(nn.Module):
 
     def sample_prior(self, eps: Tensor) -> Tensor:
         """z from p(z), made of standard normal noise: (N, L) -> (N, L); here p(z) = N(0, I), so z = eps."""
-        self.check_code(eps)
+        self.check_code(eps, "eps")
         return eps
 
     def elbo(
@@ -167,10 +167,10 @@ class VAE(nn.Module):
         if validate:
             self.likelihood.check_values(x)
 
-    def check_code(self, z: Tensor) -> None:
+    def check_code(self, z: Tensor, argument: str = "z") -> None:
         """ValueError unless z has shape (N, L)."""
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z: got {describe(z)}, expected shape (N, {self.latent_dim})")
+            raise ValueError(f"{argument}: got {describe(z)}, expected shape (N, {self.latent_dim})")
 
     def _noise(self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """`eps` after a check of its shape, or new noise (K, N, L)."""

@@ -8,6 +8,7 @@ versions, hardware, seconds and the scores on the test set.
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,8 @@ def run(name, data):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="rows to run again; default: those that are missing")
+    parser.add_argument("names", nargs="*", help="rows to make; default: those that are missing")
+    parser.add_argument("--again", action="store_true", help="from the start, whatever there is")
     parser.add_argument("--data", default="cifar10")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(ROWS)
@@ -59,6 +61,8 @@ def main():
         sys.exit(f"names: got {', '.join(sorted(unknown))}, expected some of {', '.join(ROWS)}")
     done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
     for name in arguments.names or [name for name in ROWS if name not in done]:
+        if arguments.again:
+            shutil.rmtree(ROOT / "runs" / "rows" / name, ignore_errors=True)
         record = run(name, arguments.data)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
         LEDGER.write_text(json.dumps(done | {name: record}, indent=2) + "\n")
