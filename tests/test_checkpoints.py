@@ -122,7 +122,7 @@ def gaussian_model():
     (new_model, {"patience": 2, "ema_decay": None}),
     (new_model, {"optimizer": "RAdam"}),
     (new_model, {"optimizer": "SGD", "learning_rate": 1e-4, "optimizer_options": {"momentum": 0.9}}),
-    (new_model, {"optimizer": "Rprop", "learning_rate": np.float64(1e-3), "optimizer_options": {"etas": (np.float32(0.5), 1.2)}}),
+    (new_model, {"optimizer": "Rprop", "learning_rate": np.float64(1e-3), "optimizer_options": {"etas": (np.float64(0.5), 1.2)}}),
     (new_model, {"precision": "bf16"}),
     (gaussian_model, {}),
     (own_model, {}),
