@@ -282,6 +282,15 @@ def test_a_checkpoint_amid_an_epoch_is_never_one_of_a_broken_loss(tmp_path, monk
     assert read_checkpoint(tmp_path, {})["step"] == 13 + 5
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background and ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_first_ctrl_c_waits_for_the_step_and_leaves_a_checkpoint_of_it(tmp_path, monkeypatch):
     images, valid = new_sets()
     config = TrainConfig(**CONFIG | {"checkpoint_minutes": None})
@@ -303,6 +312,19 @@ def test_the_first_ctrl_c_waits_for_the_step_and_leaves_a_checkpoint_of_it(tmp_p
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     fit(model, images, valid, config, folder=tmp_path, resume=True)
     assert torch.equal(weights(model), weights(whole))
+
+
+def test_a_job_in_the_background_goes_on_ignoring_ctrl_c(monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        model, (images, _) = new_model(), new_sets()
+        observe = model.likelihood.observe
+        monkeypatch.setattr(model.likelihood, "observe", lambda *args: signal.raise_signal(signal.SIGINT) or observe(*args))
+        history = fit(model, images, config=TrainConfig(epochs=1, progress=False, device="cpu"))
+        assert history.stopped == "finished"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_early_stop_leaves_a_checkpoint_of_its_end(tmp_path):

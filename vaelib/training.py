@@ -605,7 +605,8 @@ def hold_interrupts() -> tuple[list[int], Callable[[], None]]:
         A list that the first Ctrl-C fills, and a function that puts the old handling back.
     """
     pressed: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # as in a job in the background
+    if ignored or threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         return pressed, lambda: None
 
     def note(number: int, frame: Any) -> None:
