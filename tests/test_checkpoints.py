@@ -245,18 +245,24 @@ def test_a_full_disk_is_named_and_leaves_the_old_checkpoint_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_a_loss_that_turns_nan_names_step_and_term_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    images, _ = new_sets()
-    model = new_model()
-    elbo, calls = model.elbo, []
+def turning_nan(elbo, step):
+    """The same `elbo`, but for a KL of NaN at its `step`-th call."""
+    calls = []
 
     def turns_nan(*args, **kwargs):
         calls.append(1)
         terms = elbo(*args, **kwargs)
-        return terms._replace(kl=terms.kl * float("nan")) if len(calls) == 13 + 6 else terms  # the second epoch's sixth step
+        return terms._replace(kl=terms.kl * float("nan")) if len(calls) == step else terms
+
+    return turns_nan
+
+
+def test_a_loss_that_turns_nan_names_step_and_term_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    images, _ = new_sets()
+    model = new_model()
+    monkeypatch.setattr(model, "elbo", turning_nan(model.elbo, 13 + 6))  # in the second epoch's sixth step
 
     config = TrainConfig(epochs=3, batch_size=32, progress=False, device="cpu")
-    monkeypatch.setattr(model, "elbo", turns_nan)
     with pytest.raises(FloatingPointError, match="epoch 2, step 6: the training KL is nan"):
         fit(model, images, None, config, folder=tmp_path)
     state = read_checkpoint(tmp_path, {})
@@ -269,14 +275,8 @@ def test_a_loss_that_turns_nan_names_step_and_term_and_keeps_the_last_good_check
 def test_a_checkpoint_amid_an_epoch_is_never_one_of_a_broken_loss(tmp_path, monkeypatch):
     images, _ = new_sets()
     model = new_model()
-    elbo, calls = model.elbo, []
+    monkeypatch.setattr(model, "elbo", turning_nan(model.elbo, 13 + 6))
 
-    def turns_nan(*args, **kwargs):
-        calls.append(1)
-        terms = elbo(*args, **kwargs)
-        return terms._replace(kl=terms.kl * float("nan")) if len(calls) == 13 + 6 else terms
-
-    monkeypatch.setattr(model, "elbo", turns_nan)
     with pytest.raises(FloatingPointError, match="epoch 2, step 6"):
         fit(model, images, None, TrainConfig(**CONFIG | {"free_bits": 0.0}), folder=tmp_path)  # a checkpoint at each step
     assert read_checkpoint(tmp_path, {})["step"] == 13 + 5
