@@ -385,15 +385,20 @@ def test_a_step_whose_gradient_is_too_large_is_left_out_and_counted(split, optio
     assert history[0]["gradient_norm"] < 100  # of the steps that were taken
 
 
-def test_an_infinite_gradient_behind_a_finite_loss_costs_one_step_and_no_weight(monkeypatch, model, split):
-    elbo, calls = model.elbo, []
+def infinite_gradient_at(elbo, step):
+    """The same `elbo`, but at its `step`-th call the KL has an infinite gradient behind its finite value."""
+    calls = []
 
     def once_infinite(*args, **kwargs):
         calls.append(1)
         terms = elbo(*args, **kwargs)
-        return terms._replace(kl=terms.kl + 0 * (terms.kl.detach() - terms.kl).sqrt()) if len(calls) == 4 else terms
+        return terms._replace(kl=terms.kl + 0 * (terms.kl.detach() - terms.kl).sqrt()) if len(calls) == step else terms
 
-    monkeypatch.setattr(model, "elbo", once_infinite)
+    return once_infinite
+
+
+def test_an_infinite_gradient_behind_a_finite_loss_costs_one_step_and_no_weight(monkeypatch, model, split):
+    monkeypatch.setattr(model, "elbo", infinite_gradient_at(model.elbo, 4))
     history = fit(model, split[0], config=TrainConfig(epochs=1, batch_size=50, **QUIET))
     assert history[0]["skipped_steps"] == 1
     assert torch.isfinite(weights(model)).all()
@@ -405,14 +410,7 @@ def test_each_optimizer_leaves_a_first_bad_step_out_as_if_it_had_not_been(monkey
     for fused in ({}, {"foreach": True}):
         torch.manual_seed(0)
         model = mlp_vae((1, 28, 28), (32,), 4)
-        elbo, calls = model.elbo, []
-
-        def once_infinite(*args, elbo=elbo, calls=calls, **kwargs):
-            calls.append(1)
-            terms = elbo(*args, **kwargs)
-            return terms._replace(kl=terms.kl + 0 * (terms.kl.detach() - terms.kl).sqrt()) if len(calls) == 1 else terms
-
-        monkeypatch.setattr(model, "elbo", once_infinite)
+        monkeypatch.setattr(model, "elbo", infinite_gradient_at(model.elbo, 1))
         options = fused | ({"momentum": 0.9} if "momentum" in name else {})
         config = {"epochs": 1, "batch_size": 100, "optimizer": name.split()[0], "learning_rate": 1e-4, "optimizer_options": options}
         history = fit(model, split[0], config=TrainConfig(**config | QUIET))
@@ -422,14 +420,7 @@ def test_each_optimizer_leaves_a_first_bad_step_out_as_if_it_had_not_been(monkey
 
 
 def test_a_run_of_one_step_epochs_survives_one_bad_step(monkeypatch, model, digits):
-    elbo, calls = model.elbo, []
-
-    def once_infinite(*args, **kwargs):
-        calls.append(1)
-        terms = elbo(*args, **kwargs)
-        return terms._replace(kl=terms.kl + 0 * (terms.kl.detach() - terms.kl).sqrt()) if len(calls) == 2 else terms
-
-    monkeypatch.setattr(model, "elbo", once_infinite)
+    monkeypatch.setattr(model, "elbo", infinite_gradient_at(model.elbo, 2))
     history = fit(model, digits[:50], config=TrainConfig(epochs=4, batch_size=50, **QUIET))
     assert history["skipped_steps"] == [0, 1, 0, 0]
     assert history["gradient_norm"][1] is None

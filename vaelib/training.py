@@ -327,18 +327,19 @@ def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> Non
 
     `trace` has a row for each step, as `train_step` gives it.
     """
-    wrong = []
+    wrong, advice = [], "a lower learning_rate or a clip_norm"
     bad = ~trace[:, :2].isfinite()
     if bad.any():
         step = int(bad.any(1).nonzero()[0])
         term = int(bad[step].nonzero()[0])
         wrong.append(f"step {step + 1}: the training {('log-likelihood', 'KL')[term]} is {trace[step, term].item():g}")
     elif (trace[:, 3] == 1).all() and (len(trace) > 1 or (history and history[-1]["skipped_steps"])):
-        reason = "above skip_norm" if trace[:, 2].isfinite().all() else "not finite"
+        reason = "not finite"
+        if trace[:, 2].isfinite().all():
+            reason, advice = "above skip_norm", "a larger skip_norm"
         wrong.append(f"the gradient's norm was {reason} in all {len(trace)} steps")
     wrong += [f"the weight {name} is not finite" for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if wrong:
-        advice = "a larger skip_norm" if "above skip_norm" in wrong[0] else "a lower learning_rate or a clip_norm"
         raise FloatingPointError(f"epoch {epoch}, {wrong[0]}; try {advice}")
 
 
