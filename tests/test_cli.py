@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -53,6 +54,41 @@ def test_sample_writes_a_sheet_of_images(run_folder, vaelib_command, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.png"]
 
 
+def test_sample_draws_a_grid_from_a_prior_fitted_to_the_training_images(run_folder, vaelib_command, tmp_path):
+    from vaelib.plotting import tile
+    from vaelib.priors import fit_mixture
+
+    options = ("--grid", "2x5", "--prior", "mixture", "--temperature", 0.7, "--seed", 3, "--device", "cpu", "--json")
+    done = vaelib_command("sample", run_folder, "--out", tmp_path / "a.png", *options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "out": str(tmp_path / "a.png"), "num_images": 10, "temperature": 0.7, "prior": "mixture", "seed": 3
+    }  # fmt: skip
+    model = vaelib.load(run_folder)
+    prior = fit_mixture(model, vaelib.load_images("digits"), seed=3)
+    expected = tile(vaelib.generate(model, 10, 0.7, 3, prior), columns=5).astype(int)
+    with Image.open(tmp_path / "a.png") as sheet:
+        found = np.asarray(sheet).astype(int)
+    assert found.shape == (2 * 29 - 1, 5 * 29 - 1)
+    assert abs(found - expected).max() <= 1  # another process, another number of threads
+
+
+def test_sample_walks_between_two_image_files(run_folder, vaelib_command, tmp_path):
+    digits = vaelib.load_images("digits").pixels
+    for name, image in (("a.png", digits[0, 0]), ("b.png", digits[1, 0])):
+        Image.fromarray(image.numpy()).save(tmp_path / name)
+    ends = ("--interpolate", tmp_path / "a.png", tmp_path / "b.png", "--kind", "spherical", "--device", "cpu")
+    done = vaelib_command("sample", run_folder, "--out", tmp_path / "way.png", *ends, "--num-images", 6, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["num_images"] == 6
+    expected = vaelib.interpolate(vaelib.load(run_folder), digits[0], digits[1], 6, kind="spherical")
+    with Image.open(tmp_path / "way.png") as sheet:
+        assert sheet.size == (6 * 29 - 1, 28)
+        for step, image in enumerate(expected):
+            found = np.asarray(sheet)[:, 29 * step : 29 * step + 28].astype(int)
+            assert abs(found - image[0].numpy().astype(int)).max() <= 1
+
+
 def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     before = (run_folder / "model.safetensors").read_bytes()
     done = vaelib_command("train", *QUICK, "--out", run_folder)
@@ -84,6 +120,17 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     (("evaluate", "{tmp}/nothing"), "expected a folder written by vaelib.save"),
     (("sample", "{run}", "--temperature", "-1"), "temperature: got float -1.0"),
     (("sample", "{run}", "--out", "{tmp}/file/a.png"), "out: got"),
+    (("sample", "{run}", "--out", "{tmp}/new/a.png", "--interpolate", "{tmp}/file", "{tmp}/file"), "file"),
+    (("sample", "{run}", "--out", "{tmp}/new/a.png", "--interpolate", "{tmp}/none.png", "{tmp}/file"), "none.png"),
+    (("sample", "{run}", "--interpolate", "a.png", "b.png", "--prior", "mixture"), "interpolate: got it beside --prior"),
+    (("sample", "{run}", "--grid", "3x4", "--num-images", "12"), "grid: got it beside --num-images, expected one of the two"),
+    (("sample", "{run}", "--grid", "3x0"), "grid: got '3x0', expected ROWSxCOLS such as 4x10"),
+    (("sample", "{run}", "--num-images", "-3"), "num_images: got int -3"),
+    (("sample", "{run}", "--prior", "mixtur"), "prior: got 'mixtur', expected one of 'mixture', 'second-stage', 'standard'; did"),
+    (("sample", "{run}", "--prior", "mixture", "--data", "shapes"), "pixels: got images of shape (3, 32, 32), expected (1, 28, 28)"),
+    (("sample", "{run}", "--label", "3"), "label: got 3, expected it for a conditional model"),
+    (("sample", "{run}", "--kind", "round"), "kind: got 'round', expected one of 'linear', 'spherical'"),
+    (("sample", "{run}", "--seed", "-1"), "seed: got int -1"),
     (("sample", "{run}", "--out", "{tmp}/new/samples.txt"), "expected the name of an image file"),
     (("sample", "{run}", "--out", "{tmp}/new/samples.psd"), "expected the name of an image file"),
     (("evaluate", "{run}", "--device", "meta"), "device: got 'meta'"),

@@ -106,6 +106,18 @@ def test_minibatches_show_every_image_once_and_keep_the_last_partial_batch():
         next(minibatches(images, 0))
 
 
+def test_minibatches_of_labels_are_those_of_the_same_images():
+    images = image_set(torch.arange(103).to(torch.uint8).view(103, 1, 1, 1), torch.arange(103))
+    for skip in (0, 2):
+        for generators in ((None, None), [torch.Generator().manual_seed(0) for _ in range(2)]):
+            pixels = list(minibatches(images, 25, generators[0], skip))
+            labels = list(minibatches(images, 25, generators[1], skip, field="labels"))
+            assert [len(batch) for batch in labels] == [25, 25, 25, 25, 3][skip:]
+            assert torch.equal(torch.cat(labels), torch.cat(pixels).flatten().long())
+    with pytest.raises(ValueError, match="field: got 'label', expected one of 'labels', 'pixels'; did you mean 'labels'"):
+        next(minibatches(images, 25, field="label"))
+
+
 @pytest.mark.parametrize(("pixels", "labels", "message"), [
     (torch.zeros(2, 1, 4, 4), torch.zeros(2).long(), r"pixels: got a float32 tensor .*, expected pixels: a uint8"),
     (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2).long(), r"pixels: .*expected shape \(N, C, H, W\)"),

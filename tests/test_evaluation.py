@@ -7,7 +7,7 @@ import torch
 
 import vaelib
 from vaelib import active_units, evaluate, heldout_elbo, log_likelihood, mlp_vae, posterior_means
-from vaelib.evaluation import standard_error
+from vaelib.evaluation import rate_decomposition, standard_error
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +116,48 @@ def test_the_kl_of_the_units_adds_up_to_the_rate_whatever_the_batch_size(trained
     assert per_unit.shape == (trained.latent_dim,)
     assert per_unit.sum().item() == pytest.approx(vaelib.evaluate(trained, test_set, elbo_samples=1).kl, rel=1e-5)
     torch.testing.assert_close(vaelib.kl_per_unit(trained, test_set, batch_size=7), per_unit, rtol=1e-5, atol=1e-6)
+
+
+class FixedPosteriors(torch.nn.Module):
+    """An encoder that reads the mean and the log-variance of a 1-D code off the first two pixels."""
+
+    def forward(self, x):
+        return 4 * x[:, 0, 0, :1], 4 * x[:, 0, 0, 1:2]
+
+
+def model_of_fixed_posteriors():
+    decoder = vaelib.MLPDecoder(1, (), (1, 1, 2), 1, "relu")
+    return vaelib.VAE(FixedPosteriors(), decoder, vaelib.Gaussian(), (1, 1, 2), 1)
+
+
+@pytest.mark.equation("aggregate-posterior")
+@pytest.mark.equation("rate-decomposition")
+def test_the_rate_is_mutual_information_plus_the_kl_of_the_aggregate_posterior(generator):
+    pixels = torch.randint(0, 256, (3000, 1, 1, 2), generator=generator).to(torch.uint8)
+    pixels[..., 1] = pixels[..., 1] // 4  # narrow posteriors
+    model = model_of_fixed_posteriors()
+    found = rate_decomposition(model, pixels, num_draws=3000)
+    x = model.likelihood.observe(pixels)
+    mean, log_var = (value.double() for value in model.encode(x))
+    z = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    log_q = torch.logsumexp(torch.distributions.Normal(mean, (log_var / 2).exp()).log_prob(z), 0) - math.log(3000)
+    exact = torch.trapezoid(log_q.exp() * (log_q - torch.distributions.Normal(0.0, 1.0).log_prob(z)), z).item()
+    rate = vaelib.gaussian_kl(mean, log_var).mean().item()
+    assert abs(found.marginal_kl - exact) < 4 * found.marginal_kl_standard_error
+    assert abs(found.mutual_information - (rate - exact)) < 4 * found.mutual_information_standard_error
+    assert found.mutual_information > 1
+
+
+def test_codes_that_tell_nothing_have_no_mutual_information_and_codes_apart_have_log_n(generator):
+    same = torch.full((50, 1, 1, 2), 127, dtype=torch.uint8)
+    assert abs(rate_decomposition(model_of_fixed_posteriors(), same).mutual_information) < 1e-9
+    apart = torch.tensor([0, 85, 170, 255], dtype=torch.uint8).view(4, 1, 1, 1).repeat(1, 1, 1, 2)
+    apart[..., 1] = 0  # standard deviation exp(-2) at means 2.7 apart
+    found = rate_decomposition(model_of_fixed_posteriors(), apart)
+    assert abs(found.mutual_information - math.log(4)) < 1e-6
+
+
+def test_a_learned_prior_has_no_such_decomposition():
+    model = vaelib.hierarchical_vae((1, 8, 8), ((2, 1), (2, 1)), width=8, bottleneck=4, blocks=1, likelihood="bernoulli")
+    with pytest.raises(ValueError, match="model: got one with a learned prior"):
+        rate_decomposition(model, torch.zeros(3, 1, 8, 8, dtype=torch.uint8))

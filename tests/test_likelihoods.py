@@ -418,6 +418,16 @@ def test_samples_of_a_mixture_have_the_joint_probabilities_of_two_channels(gener
     assert 1e-4 < chi2.sf(distance, often.sum().item()) < 1 - 1e-4
 
 
+def test_the_components_of_a_mixture_are_drawn_with_the_softmax_of_their_logits(generator):
+    logits, levels = [0.9, -0.4, 0.1], torch.tensor([40, 120, 210])
+    row = [*logits, *(levels / 127.5 - 1).tolist(), -7.0, -7.0, -7.0]  # each component sits on its own level
+    draws = DiscretizedLogisticMixture(3).sample(torch.tensor(row).view(1, 9, 1, 1).expand(60_000, -1, 1, 1), generator)
+    pixels = DiscretizedLogisticMixture(3).to_pixels(draws).flatten()
+    share = torch.stack([((pixels.int() - level).abs() < 5).float().mean() for level in levels])
+    p = torch.tensor(logits).softmax(0)
+    assert ((share - p).abs() <= 5 * (p * (1 - p) / 60_000).sqrt() + 1e-3).all()
+
+
 def test_the_third_channel_of_a_sample_depends_on_the_first_and_the_second(generator):
     likelihood = DiscretizedLogisticMixture(1)
     earlier = torch.tensor([60, 200]).view(1, 2, 1, 1) / 127.5 - 1  # nearly certain: scales of a ninth of a bin

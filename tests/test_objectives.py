@@ -119,7 +119,7 @@ def test_free_bits_charge_each_unit_at_least_the_threshold_on_the_mean_of_the_ba
 
 def test_free_bits_want_the_kl_of_each_unit_and_a_number_of_nats():
     terms = ElboTerms(torch.tensor([-5.0, -2.0]), torch.tensor([1.0, 3.0]))
-    with pytest.raises(ValueError, match="terms: got no kl_per_unit, expected the KL of each latent unit"):
+    with pytest.raises(ValueError, match="^terms: got no kl_per_unit, expected the KL of each latent unit"):
         free_bits_kl(terms, 0.5)
     with pytest.raises(ValueError, match="free_bits: got float -0.5"):
         loss(terms, free_bits=-0.5)

@@ -70,8 +70,9 @@ def imports_of(module):
 
 
 ORDER = [
-    *("_validation", "data", "likelihoods", "objectives", "noise", "networks", "vae", "hierarchical", "storage"),
-    *("checkpoints", "distributed", "training", "evaluation", "generation", "oracles", "ledger", "plotting", "cli"),
+    *("_validation", "data", "likelihoods", "objectives", "noise", "networks", "vae", "hierarchical", "conditional", "storage"),
+    *("checkpoints", "distributed", "training", "evaluation", "generation", "priors", "retrieval", "quality"),
+    *("oracles", "ledger", "plotting", "widgets", "cli"),
 ]
 
 

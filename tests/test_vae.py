@@ -59,6 +59,36 @@ def test_observations_are_made_on_the_device_of_the_model(small_vae, digits):
     assert x.shape == (3, 1, 28, 28)
 
 
+def test_a_model_that_needs_labels_comes_bound_to_those_of_each_chunk_and_others_come_as_they_are(small_vae, digits):
+    images = digits[100:125]  # the first thirty labels only count from 0 to 9, over and over
+    conditional = vaelib.conditional.conditional_vae((1, 28, 28), 10, (8,), 4)
+    x, keys = (torch.cat(parts) for parts in zip(*vaelib.vae.observations(small_vae, images.pixels, 25, 3), strict=True))
+    for model, data, bound in (
+        (conditional, images, True),
+        (conditional, images.pixels, False),
+        (conditional.given(3), images, False),
+        (small_vae, images, False),
+        (small_vae, images.pixels, False),
+    ):
+        models, xs, ks = zip(*vaelib.vae.given_labels(model, data, 10, 3), strict=True)
+        assert [len(part) for part in xs] == [10, 10, 5]
+        assert torch.equal(torch.cat(xs), x)
+        assert torch.equal(torch.cat(ks), keys)
+        if bound:
+            assert torch.equal(torch.cat([each.labels for each in models]), images.labels)
+            assert not any(each.needs_labels for each in models)
+        else:
+            assert all(each is model for each in models)
+
+
+def test_heldout_elbo_takes_the_labels_of_the_images(digits):
+    model = vaelib.conditional.conditional_vae((1, 28, 28), 10, (8,), 4)
+    images = digits[100:125]
+    whole = heldout_elbo(model, images, 2, batch_size=10)
+    bound = heldout_elbo(model.given(images.labels), images.pixels, 2)
+    torch.testing.assert_close(whole.elbo, bound.elbo, rtol=1e-5, atol=1e-3)
+
+
 def test_encode_is_deterministic(small_vae, digits):
     x = small_vae.likelihood.observe(digits.pixels[:5])
     first, second = small_vae.encode(x), small_vae.encode(x)
@@ -88,6 +118,41 @@ def test_elbo_averages_the_samples_and_keeps_the_images_apart(small_vae, digits,
     torch.testing.assert_close(terms.elbo[1:2], alone.elbo)
     assert terms.elbo.shape == (3,)
     assert not torch.allclose(singles[0].log_likelihood, singles[1].log_likelihood)
+
+
+def test_elbo_averages_two_samples_too(small_vae, digits, generator):
+    x = small_vae.likelihood.observe(digits.pixels[:3], generator)
+    eps = torch.randn(2, 3, 4, generator=generator)
+    both, first, second = small_vae.elbo(x, 2, eps), small_vae.elbo(x, 1, eps[:1]), small_vae.elbo(x, 1, eps[1:])
+    torch.testing.assert_close(both.log_likelihood, (first.log_likelihood + second.log_likelihood) / 2)
+
+
+def test_a_call_of_the_model_is_its_elbo_without_a_look_at_the_values(small_vae, digits, generator):
+    x = small_vae.likelihood.observe(digits.pixels[:3], generator)
+    eps = torch.randn(2, 3, 4, generator=generator)
+    assert torch.equal(small_vae(x, eps).elbo, small_vae.elbo(x, 2, eps).elbo)
+    torch.manual_seed(5)
+    one = small_vae(x)
+    torch.manual_seed(5)
+    assert torch.equal(one.elbo, small_vae.elbo(x).elbo)
+    with pytest.raises(ValueError, match="x: got"):
+        small_vae.elbo(x + 0.5)
+    assert small_vae(x + 0.5).elbo.shape == (3,)
+
+
+def test_noise_has_the_precision_of_x(small_vae, digits):
+    model, x = small_vae.double(), small_vae.likelihood.observe(digits.pixels[:2]).double()
+    drawn = model.elbo(x, generator=torch.Generator().manual_seed(1))
+    eps = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert torch.equal(drawn.elbo, model.elbo(x, 1, eps).elbo)
+
+
+def test_codes_and_params_are_float32_under_autocast(small_vae, digits):
+    x = small_vae.likelihood.observe(digits.pixels[:2])
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, log_var = small_vae.encode(x)
+        params = small_vae.decode(mean)
+    assert {mean.dtype, log_var.dtype, params.dtype} == {torch.float32}
 
 
 @pytest.mark.equation("log-weights")

@@ -1,14 +1,15 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
-The modules follow the book: `data`, `likelihoods`, `objectives`, `networks`, `vae`, `hierarchical`, `training`, `generation`,
-`evaluation`, `plotting`, `cli`.
+The modules follow the book: `data`, `likelihoods`, `objectives`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
+`evaluation`, `generation`, `priors`, `quality`, `retrieval`, `plotting`, `widgets`, `cli`.
 """
 
 import importlib
 from typing import Any
 
+from vaelib.conditional import ConditionalVAE, conditional_vae
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
-from vaelib.evaluation import Evaluation, active_units, evaluate, kl_per_unit, log_likelihood, posterior_means
+from vaelib.evaluation import Evaluation, active_units, evaluate, kl_per_unit, log_likelihood, posterior_means, rate_decomposition
 from vaelib.generation import generate, interpolate, latent_grid, reconstruct
 from vaelib.hierarchical import HierarchicalVAE, hierarchical_vae
 from vaelib.likelihoods import (
@@ -31,6 +32,7 @@ from vaelib.objectives import (
     importance_weighted_bound,
     loss,
 )
+from vaelib.retrieval import LatentIndex, Neighbours, nearest_neighbours
 from vaelib.storage import load, save
 from vaelib.training import History, TrainConfig, fit
 from vaelib.vae import VAE, Posterior, conv_vae, heldout_elbo, mlp_vae, reparameterize
@@ -38,18 +40,19 @@ from vaelib.vae import VAE, Posterior, conv_vae, heldout_elbo, mlp_vae, reparame
 __version__ = "0.1.0"
 
 __all__ = [
-    "VAE", "Bernoulli", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic", "DiscretizedLogisticMixture",
-    "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE", "History", "ImageSet", "Likelihood",
-    "MLPDecoder", "MLPEncoder", "Posterior", "TrainConfig", "active_units", "beta_elbo", "bits_per_dim", "conv_vae", "evaluate",
-    "fit", "free_bits_kl", "gaussian_kl", "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo",
-    "hierarchical_vae", "image_set", "importance_weighted_bound", "interpolate", "kl_per_unit", "latent_grid", "load",
-    "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "plotting", "posterior_means", "reconstruct",
-    "reparameterize", "save", "train_valid_split",
+    "VAE", "Bernoulli", "ConditionalVAE", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic",
+    "DiscretizedLogisticMixture", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE", "History",
+    "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior", "TrainConfig",
+    "active_units", "beta_elbo", "bits_per_dim", "conditional_vae", "conv_vae", "evaluate", "fit", "free_bits_kl",
+    "gaussian_kl", "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
+    "importance_weighted_bound", "interpolate", "kl_per_unit", "latent_grid", "load", "load_images", "log_likelihood", "loss",
+    "minibatches", "mlp_vae", "nearest_neighbours", "plotting", "posterior_means", "priors", "quality", "rate_decomposition",
+    "reconstruct", "reparameterize", "save", "train_valid_split", "widgets",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    """`vaelib.plotting` and `vaelib.oracles` are imported when they are first used: matplotlib costs half a second."""
-    if name in ("plotting", "oracles", "ledger", "cli"):
+    """Modules that are imported when they are first used: matplotlib costs half a second."""
+    if name in ("plotting", "widgets", "priors", "quality", "oracles", "ledger", "cli"):
         return importlib.import_module(f"vaelib.{name}")
     raise AttributeError(f"module 'vaelib' has no attribute {name!r}")

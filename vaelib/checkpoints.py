@@ -19,10 +19,12 @@ FILE = "checkpoint.pt"
 VERSION = 1
 
 
-def fingerprint(images: ImageSet) -> str:
-    """A hash of the pixels in their order: which images a run was trained on."""
-    pixels = images.pixels.cpu().contiguous()
-    return f"{images.name} {tuple(pixels.shape)} {hashlib.blake2b(pixels.numpy(), digest_size=16).hexdigest()}"
+def fingerprint(images: ImageSet, labels: bool = False) -> str:
+    """A hash of the pixels in their order, and of their labels where asked for: which images a run was trained on."""
+    digest = hashlib.blake2b(images.pixels.cpu().contiguous().numpy(), digest_size=16)
+    if labels:
+        digest.update(images.labels.cpu().contiguous().numpy())
+    return f"{images.name} {tuple(images.pixels.shape)} {digest.hexdigest()}"
 
 
 def plain(value: Any) -> Any:

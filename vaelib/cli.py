@@ -1,4 +1,4 @@
-"""The command line: `vaelib train`, `vaelib evaluate`, `vaelib sample`, over the same functions that the book uses."""
+"""The command line: `vaelib train`, `evaluate`, `sample`, `index` and `search`, over the same functions that the book uses."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -16,14 +17,16 @@ from typing import Annotated, Any
 
 import typer
 
-from vaelib._validation import check_choice, check_int
+from vaelib._validation import check_choice, check_int, check_number
 from vaelib.checkpoints import FILE as CHECKPOINT
-from vaelib.data import NAMES, load_images, train_valid_split
+from vaelib.data import NAMES, load_folder, load_images, read_image, train_valid_split
 from vaelib.distributed import join, leave
 from vaelib.evaluation import evaluate as evaluate_model
-from vaelib.generation import generate
+from vaelib.generation import generate, interpolate
 from vaelib.ledger import entry
 from vaelib.likelihoods import LIKELIHOODS
+from vaelib.priors import fit_mixture, fit_second_stage
+from vaelib.retrieval import DISTANCES, METHODS, LatentIndex
 from vaelib.storage import CONFIG, MODELS, WEIGHTS, load, save, writable_folder, write_text
 from vaelib.training import HISTORY, TrainConfig, choose_device, fit
 
@@ -32,9 +35,10 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Variational autoencoders: train, evaluate, sample.",
+    help="Variational autoencoders: train, evaluate, sample, index, search.",
 )
 RUN = "run.json"
+PRIORS = {"standard": None, "mixture": fit_mixture, "second-stage": fit_second_stage}
 
 Folder = Annotated[Path, typer.Argument(help="Folder of a trained model.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -87,7 +91,7 @@ def train(
     likelihood: Annotated[
         str, typer.Option(help=f"{', '.join(LIKELIHOODS)}, or a JSON object with its arguments; default: the model's.")
     ] = "",
-    hidden_dims: Annotated[str, typer.Option("--hidden", help="mlp: sizes of the hidden layers, such as 500,200.")] = "",
+    hidden_dims: Annotated[str, typer.Option("--hidden", help="mlp, conditional: sizes of the hidden layers, such as 500,200.")] = "",
     latent_dim: Annotated[str, typer.Option(help="Size of z; conv: also channels x height x width, such as 64x8x8.")] = "",
     channels: Annotated[str, typer.Option(help="conv: channels of its stages, such as 32,64,128.")] = "",
     residual_blocks: Annotated[str, typer.Option(help="conv: residual blocks after each stage.")] = "",
@@ -165,6 +169,8 @@ def train(
         images = load_images(data)
     train_images, valid = train_valid_split(images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, seed)
     torch.manual_seed(seed)
+    if "num_classes" in inspect.signature(MODELS[model]).parameters:
+        arguments["num_classes"] = len(images.classes)
     vae = MODELS[model](image_shape=images.image_shape, **arguments)
     if group.leads:
         writable_folder("out", out)
@@ -240,27 +246,164 @@ def evaluate(
 def sample(
     run: Folder,
     out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("samples.png"),
-    num_images: Annotated[int, typer.Option(help="How many samples.")] = 64,
+    num_images: Annotated[int, typer.Option(help="How many images; 0 takes 64, or 10 steps of --interpolate.")] = 0,
+    grid: Annotated[str, typer.Option(help="ROWSxCOLS of the sheet, such as 4x10, instead of --num-images.")] = "",
     temperature: Annotated[float, typer.Option(help="Factor on the prior's standard deviation.")] = 1.0,
+    prior: Annotated[str, typer.Option(help="standard, or fitted to the training images' codes: mixture, second-stage.")] = "standard",
+    data: Annotated[str, typer.Option(help="What --prior is fitted to; by default the set the model was trained on.")] = "",
+    ends: Annotated[tuple[str, str], typer.Option("--interpolate", help="Walk between two image files.")] = ("", ""),
+    kind: Annotated[str, typer.Option(help="Way of --interpolate: linear or spherical.")] = "linear",
+    label: Annotated[int, typer.Option(help="conditional: number of the class; -1 gives none.")] = -1,
     seed: int = 0,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Draw images from the prior into one picture."""
+    """Draw images from the prior, or the way between two images, into one picture."""
+    check_picture(out)
+    check_choice("prior", prior, PRIORS)
+    check_choice("kind", kind, ("linear", "spherical"))
+    check_number("temperature", temperature)
+    check_int("num_images", num_images, minimum=0)
+    between = ends != ("", "")
+    if between and (prior != "standard" or temperature != 1):
+        raise ValueError("interpolate: got it beside --prior or --temperature, expected one or the other: it draws nothing")
+    if grid and num_images:
+        raise ValueError("grid: got it beside --num-images, expected one of the two")
+    if grid and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
+        raise ValueError(f"grid: got {grid!r}, expected ROWSxCOLS such as 4x10")
+    count = math.prod(map(int, grid.split("x"))) if grid else num_images or (10 if between else 64)
+    columns = int(grid.split("x")[1]) if grid else count if between else math.ceil(math.sqrt(count))
+    model = load(run).to(choose_device(device))
+    if label >= 0:
+        if not model.needs_labels or prior != "standard":
+            raise ValueError(f"label: got {label}, expected it for a conditional model and the standard prior")
+        model = model.given(label)
+    if between:
+        pixels = interpolate(model, *(read_image(end, model.image_shape) for end in ends), count, seed, kind)
+    else:
+        fit_prior = PRIORS[prior]
+        fitted = fit_prior and fit_prior(model, load_images(data_of(run, data)), seed=seed)
+        pixels = generate(model, count, temperature, seed, fitted)
+    write_sheet(pixels, columns, out)
+    drawn = {"interpolate": ends, "kind": kind} if between else {"temperature": temperature, "prior": prior}
+    show({"out": str(out), "num_images": count, **drawn, "seed": seed}, as_json)
+
+
+@app.command("index")
+def index_images(
+    run: Folder,
+    out: Annotated[Path, typer.Option(help="Index file to write.")] = Path("images.index"),
+    data: Annotated[str, typer.Option(help="Image set; by default the one the model was trained on.")] = "",
+    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    folder: Annotated[str, typer.Option(help="Folder of image files, instead of --data.")] = "",
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; all but the first are FAISS's and approximate.")] = "exact",
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Encode images to their posteriors and write an index of them, to be searched by content."""
+    if folder and data:
+        raise ValueError("folder: got it beside --data, expected one of the two")
+    if out.exists() and not (overwrite and out.is_file()):
+        raise ValueError(f"out: {out} already exists, expected a new file; --overwrite replaces an index")
+    check_choice("method", method, METHODS)
+    model = load(run).to(choose_device(device))
+    images, names, skipped = load_folder(folder, model.image_shape) if folder else (load_images(data_of(run, data), split), (), ())
+    source = {"folder": str(Path(folder).resolve())} if folder else {"data": images.name, "split": split}
+    index = LatentIndex.build(model, images, method=method, names=names, source=source)
+    index.save(out)
+    result = {"out": str(out), **source, "images": len(index), "skipped": len(skipped), "latents": model.latent_dim}
+    show(result | {"method": method, "bytes": out.stat().st_size}, as_json)
+
+
+def query_images(index: LatentIndex, paths: list[Path], query_index: int | None) -> tuple[list[str], Any, int]:
+    """Names and pixels of the queries, and how many files of a folder were skipped."""
+    import torch
+
+    names, pixels, skipped = [], [], 0
+    for path in paths:
+        if path.is_dir():
+            found = load_folder(path, index.model.image_shape)
+            names += [str(path / name) for name in found.names]
+            pixels, skipped = [*pixels, *found.pixels], skipped + len(found.skipped)
+        else:
+            names, pixels = [*names, str(path)], [*pixels, read_image(path, index.model.image_shape)]
+    if query_index is not None:
+        if "data" not in index.source:
+            raise ValueError(f"query_index: got {query_index}, but the index is not of an image set; expected image files as queries")
+        test = load_images(index.source["data"], "test")
+        if check_int("query_index", query_index, minimum=0) >= len(test):
+            raise ValueError(f"query_index: got {query_index}, expected less than the {len(test)} test images")
+        names, pixels = [*names, f"{test.name} test {query_index}"], [*pixels, test.pixels[query_index]]
+    if not names:
+        raise ValueError("queries: got none, expected image files, a folder of them, or --query-index")
+    return names, torch.stack(pixels), skipped
+
+
+@app.command()
+def search(
+    index_file: Annotated[Path, typer.Argument(metavar="INDEX", help="File written by vaelib index.")],
+    queries: Annotated[list[Path] | None, typer.Argument(help="Image files, or folders of them.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Neighbours per query.")] = 10,
+    distance: Annotated[str, typer.Option(help=", ".join(DISTANCES))] = "euclidean",
+    query_index: Annotated[int | None, typer.Option(help="Query with this image of the data set's test split.")] = None,
+    out: Annotated[Path, typer.Option(help="Picture to write: each query, and its neighbours to its right.")] = Path("neighbours.png"),
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find the images of an index that are most like the queries."""
+    import torch
+
+    check_choice("distance", distance, DISTANCES)
+    check_picture(out)
+    index = LatentIndex.load(index_file).to(choose_device(device))
+    names, pixels, skipped = query_images(index, queries or [], query_index)
+    indices, distances = (part.tolist() for part in index.search(pixels, k, distance))
+    rows = [
+        {"query": name, "rank": rank, "index": i, "label": index.label(i), "file": index.names[i] if index.names else None, "distance": d}
+        for name, *hits in zip(names, indices, distances, strict=True)
+        for rank, (i, d) in enumerate(zip(*hits, strict=True), start=1)
+    ]
+    match index.source:
+        case {"folder": folder}:
+            images = [[read_image(Path(folder) / index.names[i], index.model.image_shape) for i in row] for row in indices]
+        case {"data": data, "split": split}:
+            images = load_images(data, split).pixels[torch.tensor(indices)]  # (Q, k, C, H, W)
+        case _:
+            raise ValueError(f"index_file: {index_file} does not say where its images are, so no picture of them can be made")
+    sheet = [image for query, row in zip(pixels, images, strict=True) for image in (query, *row)]
+    write_sheet(torch.stack(sheet), k + 1, out)
+    if as_json:
+        show({"images": len(index), "k": k, "distance": distance, "skipped": skipped, "out": str(out), "neighbours": rows}, True)
+        return
+    print(f"{'query':32} {'rank':>4} {'distance':>10}  {'label':12} image")
+    for row in rows:
+        image = row["file"] or row["index"]
+        print(f"{row['query']:32} {row['rank']:4} {row['distance']:10.4f}  {row['label'] or '-':12} {image}")
+    if skipped:
+        print(f"{skipped} files were skipped: no images that can be read")
+    print(f"picture: {out}")
+
+
+def check_picture(out: Path) -> None:
+    """ValueError unless `out` is the name of an image file that Pillow can write."""
+    from PIL import Image
+
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE or out.is_dir():
+        raise ValueError(f"out: got {out}, expected the name of an image file such as samples.png")
+
+
+def write_sheet(pixels: Any, columns: int, out: Path) -> None:
+    """Write images (N, C, H, W) side by side to one picture, whole or not at all."""
     from PIL import Image
 
     from vaelib.plotting import tile
 
-    sheet = tile(generate(load(run), num_images, temperature, seed), columns=math.ceil(math.sqrt(num_images)))
-    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"out: got {out}, expected the name of an image file such as samples.png")
-    if out.is_dir():
-        raise ValueError(f"out: got the folder {out}, expected the name of an image file")
     writable_folder("out", out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         partial = Path(folder) / out.name
-        Image.fromarray(sheet).save(partial)
+        Image.fromarray(tile(pixels, columns)).save(partial)
         os.replace(partial, out)
-    show({"out": str(out), "num_images": num_images, "temperature": temperature, "seed": seed}, as_json)
 
 
 def main() -> None:

@@ -12,12 +12,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_choice, check_int, check_pixels, check_seed, describe
+from vaelib._validation import check_choice, check_image_shape, check_int, check_pixels, check_seed, describe
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -158,20 +159,23 @@ def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple
     return images[order[valid_size:]], images[order[:valid_size]]
 
 
-def minibatches(images: ImageSet, batch_size: int, generator: torch.Generator | None = None, skip: int = 0) -> Iterator[Tensor]:
+def minibatches(
+    images: ImageSet, batch_size: int, generator: torch.Generator | None = None, skip: int = 0, field: str = "pixels"
+) -> Iterator[Tensor]:
     """Pixels (B, C, H, W) of one epoch; shuffled where a `generator` is given, in order otherwise.
 
-    Every image comes exactly once: the last, smaller batch counts. The first `skip` batches are left out.
+    Every image comes exactly once: the last, smaller batch counts. The first `skip` batches are left out. With the `field`
+    ``"labels"`` the labels (B,) come instead: from a generator of the same seed, those of the same images.
     """
     check_int("batch_size", batch_size)
     check_int("skip", skip, minimum=0)
-    pixels = images.pixels
+    values = getattr(images, check_choice("field", field, ("pixels", "labels")))
     if generator is None:
-        yield from pixels.split(batch_size)[skip:]
+        yield from values.split(batch_size)[skip:]
         return
-    order = torch.randperm(len(images), generator=generator, device=generator.device).to(pixels.device)
+    order = torch.randperm(len(images), generator=generator, device=generator.device).to(values.device)
     for indices in order.split(batch_size)[skip:]:
-        yield pixels[indices]
+        yield values[indices]
 
 
 def _missing(name: str, root: Path) -> list[str]:
@@ -275,3 +279,52 @@ def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name
         raise ValueError(f"labels: got {describe(labels)}, expected whole numbers of at least 0")
     codes = codes.long()
     return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name)
+
+
+class ImageFolder(NamedTuple):
+    """Images of a folder: `pixels` uint8 (N, C, H, W), their files' `names` within it, and the files that were `skipped`."""
+
+    pixels: Tensor
+    names: tuple[str, ...]
+    skipped: tuple[str, ...]
+
+
+def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
+    """An image file of any format that Pillow reads, as ``uint8`` (C, H, W): turned upright, resized, cropped to its centre.
+
+    Raises:
+        ValueError: If the file is missing or no whole image, or if `image_shape` asks for other than 1 or 3 channels.
+    """
+    from PIL import Image, ImageOps
+
+    channels, height, width = check_image_shape("image_shape", image_shape)
+    if channels not in (1, 3):
+        raise ValueError(f"image_shape: got {channels} channels, expected 1 (grey) or 3 (RGB) for an image file")
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # Pillow would clip its 65536 levels at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
+    except Exception as error:  # Pillow's readers raise errors of many kinds on a broken file
+        raise ValueError(f"path: got {path}, expected an image file ({error})") from error
+    return torch.from_numpy(np.array(fitted)).view(height, width, channels).permute(2, 0, 1).contiguous()
+
+
+def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
+    """All image files of a folder and its subfolders, sorted by name, see `read_image`; other and broken files are skipped.
+
+    Raises:
+        ValueError: If `path` is no folder, or no image in it can be read.
+    """
+    path, found, skipped, reason = Path(path), {}, [], "it has no files"
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+        name = file.relative_to(path).as_posix()
+        try:
+            found[name] = read_image(file, image_shape)
+        except ValueError as error:
+            skipped.append(name)
+            reason = str(error)
+    if not found:
+        raise ValueError(f"path: got {path}, expected a folder with an image that can be read; {len(skipped)} cannot ({reason})")
+    return ImageFolder(torch.stack(list(found.values())), tuple(found), tuple(skipped))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from vaelib import noise
 from vaelib._validation import check_int, check_number
 from vaelib.data import ImageSet
 from vaelib.likelihoods import bits_per_dim
-from vaelib.vae import VAE, evaluating, heldout_elbo, observations
+from vaelib.objectives import gaussian_log_density
+from vaelib.vae import VAE, evaluating, given_labels, heldout_elbo
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,14 @@ def log_likelihood(
     check_int("sample_batch", sample_batch)
     if not model.likelihood.normalized:
         raise ValueError(f"model: got the score {model.likelihood.config['name']!r}, expected a likelihood; it defines no log p(x)")
-    pixels = images.pixels if isinstance(images, ImageSet) else images
     estimates = []
     with evaluating(model):
-        for x, keys in observations(model, pixels, batch_size, seed):
+        for bound, x, keys in given_labels(model, images, batch_size, seed):
             total = torch.full((len(x),), -math.inf, dtype=torch.float64)  # on the CPU: MPS has no float64
             for start in range(0, num_samples, sample_batch):
                 count = min(sample_batch, num_samples - start)
                 eps = noise.normal_noise(keys, (count, model.latent_dim), noise.LATENT, start * model.latent_dim)
-                log_weights = model.log_weights(x, count, eps.transpose(0, 1), validate=False)
+                log_weights = bound.log_weights(x, count, eps.transpose(0, 1), validate=False)
                 total = torch.logaddexp(total, torch.logsumexp(log_weights, dim=0).cpu().double())
             estimates.append((total - math.log(num_samples)).float())
     return torch.cat(estimates)
@@ -119,9 +119,8 @@ def log_likelihood(
 
 def posterior_means(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
     """The posterior mean of each image: (N, latent_dim), on the CPU."""
-    pixels = images.pixels if isinstance(images, ImageSet) else images
     with evaluating(model):
-        return torch.cat([model.encode(x).mean.cpu() for x, _ in observations(model, pixels, batch_size, seed)])
+        return torch.cat([bound.encode(x).mean.cpu() for bound, x, _ in given_labels(model, images, batch_size, seed)])
 
 
 def active_units(model: VAE, images: ImageSet | Tensor, threshold: float = 0.01, batch_size: int = 1000, seed: int = 0) -> Tensor:
@@ -140,10 +139,51 @@ def kl_per_unit(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, s
 
     A unit at 0 carries nothing: its posterior has collapsed onto the prior.
     """
-    pixels = images.pixels if isinstance(images, ImageSet) else images
     total = torch.zeros(model.latent_dim, dtype=torch.float64)
     with evaluating(model):
-        for x, keys in observations(model, pixels, batch_size, seed):
+        for bound, x, keys in given_labels(model, images, batch_size, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
-            total += model.elbo(x, 1, eps, validate=False).kl_per_unit.sum(0).cpu().double()
-    return (total / len(pixels)).float()
+            total += bound.elbo(x, 1, eps, validate=False).kl_per_unit.sum(0).cpu().double()
+    return (total / len(images)).float()
+
+
+class RateDecomposition(NamedTuple):
+    """The mean rate split in two, in nats, each with its standard error over the draws. eq. rate-decomposition"""
+
+    mutual_information: float
+    marginal_kl: float
+    mutual_information_standard_error: float
+    marginal_kl_standard_error: float
+
+
+def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2000, seed: int = 0) -> RateDecomposition:
+    """What the codes tell of the images, and what the prior misses of the codes.
+
+    The rate is I(x; z) + KL(q(z) || p(z)) with the aggregate posterior q(z), the mean of q(z given x) over the N images. Estimated
+    from one code each of the first `num_draws` images in random order; log q(z) is a log-sum-exp over all N posteriors.
+    The mutual information cannot exceed log N. Hoffman and Johnson 2016. eq. aggregate-posterior, eq. rate-decomposition
+
+    Raises:
+        ValueError: For a model whose prior is not N(0, I) in one piece, such as a hierarchical one.
+    """
+    means, log_vars, codes = [], [], []
+    with evaluating(model):
+        for bound, x, keys in given_labels(model, images, 1000, seed):
+            eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
+            z, posterior, prior = bound.infer(x, 1, eps, None, False)
+            if prior is not None:
+                raise ValueError("model: got one with a learned prior, expected one whose prior is N(0, I)")
+            for kept, value in zip((means, log_vars, codes), (*posterior, z), strict=True):
+                kept.append(value[0].cpu().double())
+    mean, log_var, z = torch.cat(means), torch.cat(log_vars), torch.cat(codes)
+    chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[: check_int("num_draws", num_draws)]
+    precision = (-log_var).exp()
+    constant = (mean.square() * precision + log_var).sum(1) + model.latent_dim * math.log(2 * math.pi)  # (N,)
+    own, marginal, under_prior = [], [], []
+    for these in chosen.split(200):
+        squares = z[these].square() @ precision.T - 2 * z[these] @ (mean * precision).T + constant  # -2 log q(z_m given x_n), (M, N)
+        marginal.append(torch.logsumexp(-0.5 * squares, 1) - math.log(len(z)))
+        own.append(gaussian_log_density(z[these], mean[these], log_var[these]))
+        under_prior.append(gaussian_log_density(z[these], torch.zeros_like(z[these]), torch.zeros_like(z[these])))
+    information, gap = torch.cat(own) - torch.cat(marginal), torch.cat(marginal) - torch.cat(under_prior)
+    return RateDecomposition(information.mean().item(), gap.mean().item(), standard_error(information), standard_error(gap))

@@ -1,33 +1,54 @@
-"""What comes out of a trained model: samples of the prior, reconstructions, interpolations, the map of a 2-D latent plane."""
+"""What comes out of a trained model: samples, reconstructions, and walks through the latent space and what they decode to."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_int, check_number, check_pixels, check_seed
+from vaelib._validation import check_choice, check_int, check_number, check_pixels, check_seed, describe
+from vaelib.data import ImageSet
+from vaelib.evaluation import kl_per_unit, posterior_means
 from vaelib.vae import VAE, evaluating, observations
+
+CHUNK = 500  # codes decoded at once: a mixture likelihood's params of so many images take some 200 MB
 
 
 def decode_pixels(model: VAE, z: Tensor) -> Tensor:
-    """The likelihood's mean at z as pixels: (N, L) -> (N, C, H, W) ``uint8``, on the CPU."""
+    """The likelihood's mean at z as pixels: (N, L) -> (N, C, H, W) ``uint8``, on the CPU; some `CHUNK` codes at a time."""
+    labels = getattr(model, "labels", None)  # a conditional model: codes come in whole multiples of its labels
+    together = 1 if labels is None else len(labels)
     with evaluating(model):
-        return model.likelihood.to_pixels(model.likelihood.mean(model.decode(z.to(model.device)))).cpu()
+        chunks = z.split(together * max(1, CHUNK // together))
+        means = (model.likelihood.mean(model.decode(part.to(model.device))) for part in chunks)
+        return torch.cat([model.likelihood.to_pixels(mean).cpu() for mean in means])
 
 
-def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | None = None) -> Tensor:
+def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | None = None, prior: Any = None) -> Tensor:
     """New images: z from the prior, decoded to the mean of p(x given z): (num_images, C, H, W) ``uint8``.
 
     Args:
         temperature: factor on the prior's standard deviation; below 1 the samples are more typical and less varied.
         seed: same seed, same images; None draws anew each time.
+        prior: what z comes from; None is the model's own prior. Else what `fit_mixture` or `fit_second_stage` of `vaelib.priors` gives,
+            or any object with a method ``sample(num, temperature, generator)`` that gives z (num, L).
     """
     check_int("num_images", num_images)
     check_number("temperature", temperature)
     generator = None if seed is None else torch.Generator().manual_seed(check_seed("seed", seed))
-    eps = temperature * torch.randn(num_images, model.latent_dim, generator=generator)
-    with evaluating(model):
-        return decode_pixels(model, model.sample_prior(eps.to(model.device)))
+    if prior is None:
+        eps = temperature * torch.randn(num_images, model.latent_dim, generator=generator)
+        with evaluating(model):
+            z = torch.cat([model.sample_prior(part.to(model.device)) for part in eps.split(CHUNK)])
+    elif hasattr(prior, "sample"):
+        z = prior.sample(num_images, temperature, generator)
+        model.check_code(z, "prior")
+    else:
+        raise ValueError(f"prior: got {describe(prior)}, expected None or an object with a method sample")
+    return decode_pixels(model, z)
 
 
 def reconstruct(model: VAE, pixels: Tensor, seed: int = 0) -> Tensor:
@@ -36,20 +57,106 @@ def reconstruct(model: VAE, pixels: Tensor, seed: int = 0) -> Tensor:
         return torch.cat([decode_pixels(model, model.encode(x).mean) for x, _ in observations(model, pixels, 1000, seed)])
 
 
-def interpolate(model: VAE, a: Tensor, b: Tensor, steps: int = 10, seed: int = 0) -> Tensor:
-    """Decoded codes on the line from a's posterior mean to b's: two images (C, H, W) ``uint8`` -> (steps, C, H, W)."""
+def mean_code(model: VAE, name: str, image: Tensor, seed: int = 0) -> Tensor:
+    """The posterior mean of one image, (C, H, W) or (1, C, H, W) ``uint8``: (1, L), on the CPU."""
+    image = check_pixels(name, image if not isinstance(image, Tensor) or image.dim() == 4 else image[None], model.image_shape)
+    if len(image) != 1:
+        raise ValueError(f"{name}: got {len(image)} images, expected one")
+    return posterior_means(model, image, seed=seed)
+
+
+def interpolate(model: VAE, a: Tensor, b: Tensor, steps: int = 10, seed: int = 0, kind: str = "linear") -> Tensor:
+    """Decoded codes on the way from a's posterior mean to b's: two images (C, H, W) ``uint8`` -> (steps, C, H, W).
+
+    Args:
+        kind: ``"linear"``: on the straight line. ``"spherical"``: the direction turns at constant speed in the plane of the two codes
+            (slerp: Shoemake 1985, White 2016; eq. slerp) while the length goes linearly from a's to b's. So the codes do not cut
+            through the middle, where a Gaussian in many dimensions has no mass. Codes on one line through 0 are joined linearly.
+    """
     check_int("steps", steps, minimum=2)
-    ends = []
-    with evaluating(model):
-        for name, image in (("a", a), ("b", b)):
-            image = check_pixels(
-                name, image if not isinstance(image, Tensor) or image.dim() == 4 else image[None], model.image_shape
-            )
-            if len(image) != 1:
-                raise ValueError(f"{name}: got {len(image)} images, expected one")
-            ends += [model.encode(x).mean for x, _ in observations(model, image, 1, seed)]
-    weight = torch.linspace(0, 1, steps, device=model.device)[:, None]
-    return decode_pixels(model, torch.lerp(ends[0].expand(steps, -1), ends[1].expand(steps, -1), weight))
+    check_choice("kind", kind, ("linear", "spherical"))
+    start, end = mean_code(model, "a", a, seed), mean_code(model, "b", b, seed)
+    weight = torch.linspace(0, 1, steps)[:, None]
+    path = torch.lerp(start.expand(steps, -1), end.expand(steps, -1), weight)
+    lengths = start.norm(), end.norm()
+    cosine = (start / lengths[0] * (end / lengths[1])).sum()
+    if kind == "spherical" and cosine.abs() < 1 - 1e-6:  # False for NaN too, where a code is 0
+        angle = cosine.arccos()
+        turned = ((1 - weight) * angle).sin() * start / lengths[0] + (weight * angle).sin() * end / lengths[1]
+        path = torch.lerp(*lengths, weight) * turned / angle.sin()
+    return decode_pixels(model, path)
+
+
+def most_used_units(model: VAE, images: ImageSet | Tensor, count: int = 8) -> Tensor:
+    """The `count` latent dimensions with the largest mean KL over the images, most used first: (count,) int64."""
+    if check_int("count", count) > model.latent_dim:
+        raise ValueError(f"count: got {count}, expected at most the model's {model.latent_dim} latent dimensions")
+    return kl_per_unit(model, images).argsort(descending=True, stable=True)[:count]
+
+
+def traverse(model: VAE, image: Tensor, units: Sequence[int] | Tensor, values: Sequence[float] | Tensor) -> Tensor:
+    """Latent traversals: an image's posterior mean with one dimension set to each value in turn, decoded.
+
+    Args:
+        image: (C, H, W) ``uint8``.
+        units: which dimensions, such as `most_used_units` gives them: U of them.
+        values: what they are set to, in units of z, of which the prior has standard deviation 1: V of them.
+
+    Returns:
+        (U, V, C, H, W) ``uint8``.
+    """
+    units, values = torch.as_tensor(units), torch.as_tensor(values, dtype=torch.float32)
+    if units.dim() != 1 or units.dtype != torch.int64 or not ((units >= 0) & (units < model.latent_dim)).all() or len(units) == 0:
+        raise ValueError(f"units: got {units.tolist()}, expected latent dimensions, whole numbers below {model.latent_dim}")
+    if values.dim() != 1 or len(values) == 0 or not values.isfinite().all():
+        raise ValueError(f"values: got {values.tolist()}, expected a sequence of finite numbers")
+    z = mean_code(model, "image", image).repeat(len(units), len(values), 1)
+    z.scatter_(2, units[:, None, None].expand(-1, len(values), 1), values[:, None].expand(len(units), -1, 1))
+    return decode_pixels(model, z.flatten(0, 1)).unflatten(0, (len(units), len(values)))
+
+
+def class_means(model: VAE, images: ImageSet) -> Tensor:
+    """The mean of the posterior means of each class's images: (num_classes, L), on the CPU.
+
+    Raises:
+        ValueError: If a class has no image.
+    """
+    counts = images.labels.cpu().bincount(minlength=len(images.classes))
+    if empty := [name for name, count in zip(images.classes, counts.tolist(), strict=True) if not count]:
+        raise ValueError(f"images: got no image of {', '.join(empty)}, expected some of each class")
+    total = torch.zeros(len(counts), model.latent_dim).index_add_(0, images.labels.cpu(), posterior_means(model, images))
+    return total / counts[:, None]
+
+
+def attribute_vector(model: VAE, images: ImageSet | Tensor, has: Tensor) -> Tensor:
+    """The mean code of the images that have an attribute minus that of those that don't: (L,), on the CPU. White 2016. eq. attribute-vector
+
+    Args:
+        has: bool (N,), which images have it.
+
+    Raises:
+        ValueError: Unless `has` is such a mask with both kinds in it.
+    """
+    if not isinstance(has, Tensor) or has.dtype != torch.bool or has.shape != (len(images),):
+        raise ValueError(f"has: got {describe(has)}, expected a bool tensor of shape ({len(images)},)")
+    if has.all() or not has.any():
+        raise ValueError(f"has: got {int(has.sum())} of {len(has)} images, expected some with the attribute and some without")
+    means = posterior_means(model, images)
+    return means[has.cpu()].mean(0) - means[~has.cpu()].mean(0)
+
+
+def shift(model: VAE, pixels: Tensor, vector: Tensor, scale: float = 1.0) -> Tensor:
+    """Each image's posterior mean plus scale * vector, decoded: ``uint8`` (N, C, H, W) and (L,) -> the same as the images.
+
+    Args:
+        vector: such as `attribute_vector` or the difference of two rows of `class_means`.
+        scale: below 0 takes the attribute away.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number")
+    if not isinstance(vector, Tensor) or vector.shape != (model.latent_dim,):
+        raise ValueError(f"vector: got {describe(vector)}, expected a tensor of shape ({model.latent_dim},)")
+    return decode_pixels(model, posterior_means(model, pixels) + scale * vector.cpu())
 
 
 def latent_grid(model: VAE, side: int = 20, tail: float = 0.02) -> Tensor:

@@ -262,21 +262,22 @@ def take_step(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Te
 
 
 def train_step(
-    forward: Callable[[Tensor, Tensor], ElboTerms],
+    forward: Callable[..., ElboTerms],
     model: VAE,
     optimizer: torch.optim.Optimizer,
-    pixels: Tensor,
+    batch: tuple[Tensor, ...],
     noise: torch.Generator,
     beta: float,
     config: TrainConfig,
     group: Group,
 ) -> Tensor:
-    """One step on one global batch of pixels.
+    """One step on one global batch: its pixels and, for a model that needs them, its labels.
 
     Returns:
         A row for the epoch's trace, (5,), on the device: sums of log-likelihood and KL over this process's share of the batch, the
         gradient's norm, 1 where the step was skipped, and the number of images in the share.
     """
+    pixels, *labels = batch
     device = pixels.device
     if config.flip:
         coin = torch.rand(len(pixels), 1, 1, 1, generator=noise, device=device) < 0.5
@@ -286,11 +287,11 @@ def train_step(
     weight = group.weight(len(x))
     if group.size > 1:
         share = group.share(len(x))
-        x, eps = x[share], eps[:, share]
+        x, eps, labels = x[share], eps[:, share], [values[share] for values in labels]
     if config.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
-        terms = forward(x, eps)
+        terms = forward(x, eps, *labels)
     objective = terms
     if config.free_bits and group.size > 1:
         objective = with_global_kl(terms, weight, group)
@@ -360,6 +361,8 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
             raise ValueError(f"{name}: got {describe(these)}, expected an ImageSet")
         if these.image_shape != model.image_shape:
             raise ValueError(f"{name}: got images of shape {these.image_shape}, expected {model.image_shape} as the model has")
+        if model.needs_labels:
+            model.given(these.labels)  # a check of their range
     if config.batch_size > len(images):
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the {len(images)} images of the set")
     if config.patience is not None and valid is None:
@@ -393,7 +396,7 @@ def fit(
 
     Args:
         model: changed in place.
-        images: what to train on.
+        images: what to train on; a conditional model is given their labels.
         valid: what to compute the ELBO on after each epoch, with the same noise each time.
         config: see `TrainConfig`.
         folder: where ``checkpoint.pt`` and ``history.jsonl`` (one JSON object per epoch) are written; None writes nothing.
@@ -420,8 +423,8 @@ def fit(
         raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
     identity = {} if folder is None else {
         "model": model.config or repr(model),
-        "images": fingerprint(images),
-        "valid": None if valid is None else fingerprint(valid),
+        "images": fingerprint(images, model.needs_labels),
+        "valid": None if valid is None else fingerprint(valid, model.needs_labels),
         "config": {key: value for key, value in config.as_dict().items() if key not in FREE_ON_RESUME},
     }  # fmt: skip
 
@@ -443,6 +446,7 @@ def fit(
         forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if config.compile:
         forward = torch.compile(forward)
+    of_batch = ("pixels", "labels") if model.needs_labels else ("pixels",)
     parameters = list(model.parameters())
     optimizer = make_optimizer(model, config)
     peaks = [options["lr"] for options in optimizer.param_groups]
@@ -501,10 +505,11 @@ def fit(
             start = time.perf_counter() - elapsed
             model.train()
             done = step - (epoch - 1) * steps_per_epoch  # above 0 only on resume
-            for row, pixels in enumerate(minibatches(images, config.batch_size, epoch_order(config.seed, epoch), done), done):
+            batches = (minibatches(images, config.batch_size, epoch_order(config.seed, epoch), done, field) for field in of_batch)
+            for row, batch in enumerate(zip(*batches, strict=True), done):
                 for options, peak in zip(optimizer.param_groups, peaks, strict=True):
                     options["lr"] = peak * rate_factor(step)
-                trace[row] = train_step(forward, model, optimizer, pixels, noise, beta(step), config, group)
+                trace[row] = train_step(forward, model, optimizer, batch, noise, beta(step), config, group)
                 step += 1
                 if averages is not None:
                     with torch.no_grad():

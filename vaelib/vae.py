@@ -49,7 +49,10 @@ class VAE(nn.Module):
 
     Attributes:
         latent_shape: the shape that one code z has for the networks: (L,) or (channels, height, width).
+        needs_labels: True for a conditional model before `ConditionalVAE.given`: only with labels can it encode and decode.
     """
+
+    needs_labels = False
 
     def __init__(
         self,
@@ -228,6 +231,19 @@ def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iter
         yield model.likelihood.observe(chunk, uniform=uniform), keys
 
 
+def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: int) -> Iterator[tuple[VAE, Tensor, Tensor]]:
+    """Chunks of (model, x, keys), see `observations`; a model that needs labels comes bound to those of the chunk.
+
+    Args:
+        images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), which have no labels.
+    """
+    pixels, labels = (images.pixels, images.labels) if isinstance(images, ImageSet) else (images, None)
+    bind, start = labels is not None and model.needs_labels, 0
+    for x, keys in observations(model, pixels, batch_size, seed):
+        yield model.given(labels[start : start + len(x)]) if bind else model, x, keys
+        start += len(x)
+
+
 def heldout_elbo(model: VAE, images: ImageSet | Tensor, num_samples: int = 1, batch_size: int = 1000, seed: int = 0) -> ElboTerms:
     """`VAE.elbo` of every image of a set, in chunks and without a graph: terms of shape (N,), nats, on the CPU.
 
@@ -235,20 +251,26 @@ def heldout_elbo(model: VAE, images: ImageSet | Tensor, num_samples: int = 1, ba
     the batch size nor on the order of the images.
 
     Args:
-        images: an `ImageSet` or ``uint8`` pixels (N, C, H, W).
+        images: an `ImageSet`, whose labels a conditional model is given, or ``uint8`` pixels (N, C, H, W).
         num_samples: draws of z per image.
         batch_size: images per chunk; num_samples * batch_size codes are decoded at once.
     """
-    pixels = images.pixels if isinstance(images, ImageSet) else images
     check_int("num_samples", num_samples)
     log_likelihood, kl = [], []
     with evaluating(model):
-        for x, keys in observations(model, pixels, batch_size, seed):
+        for bound, x, keys in given_labels(model, images, batch_size, seed):
             eps = noise.normal_noise(keys, (num_samples, model.latent_dim), noise.LATENT).transpose(0, 1)  # (K, N, L)
-            terms = model.elbo(x, num_samples, eps, validate=False)
+            terms = bound.elbo(x, num_samples, eps, validate=False)
             log_likelihood.append(terms.log_likelihood.cpu())
             kl.append(terms.kl.cpu())
     return ElboTerms(torch.cat(log_likelihood), torch.cat(kl))
+
+
+def check_hidden_dims(value: Sequence[int]) -> tuple[int, ...]:
+    """`value` as a tuple; the networks check its sizes."""
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"hidden_dims: got {describe(value)}, expected a sequence of integers such as (400,)")
+    return tuple(value)
 
 
 def mlp_vae(
@@ -267,10 +289,7 @@ def mlp_vae(
         likelihood: a name, a config or a `Likelihood`.
         activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
     """
-    likelihood = make_likelihood(likelihood)
-    if not isinstance(hidden_dims, Sequence) or isinstance(hidden_dims, str):
-        raise ValueError(f"hidden_dims: got {describe(hidden_dims)}, expected a sequence of integers such as (400,)")
-    hidden_dims = tuple(hidden_dims)
+    likelihood, hidden_dims = make_likelihood(likelihood), check_hidden_dims(hidden_dims)
     encoder = MLPEncoder(image_shape, hidden_dims, latent_dim, activation)
     decoder = MLPDecoder(latent_dim, hidden_dims[::-1], image_shape, likelihood.param_channels(image_shape[0]), activation)
     config = {

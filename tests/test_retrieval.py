@@ -1,0 +1,623 @@
+"""Retrieval: neighbours are the exact ones, ties included; distances, scores and files are what they are called."""
+
+import json
+import math
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sklearn.metrics import average_precision_score, precision_score, recall_score
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from torch.distributions import Independent, Normal, kl_divergence
+
+import vaelib
+from vaelib import cli, retrieval
+from vaelib.data import image_set, load_folder, read_image
+from vaelib.retrieval import (
+    DISTANCES,
+    LatentIndex,
+    average_precision,
+    bootstrap_interval,
+    distance_between,
+    knn_accuracy,
+    nearest_neighbours,
+    posteriors,
+    precision_at_k,
+    recall_at_k,
+    score_retrieval,
+)
+from vaelib.vae import Posterior
+
+
+def random_codes(count, width, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    mean, log_var = torch.randn(2, count, width, generator=generator, dtype=dtype)
+    return Posterior(mean, 1.5 * log_var - 2)
+
+
+def by_brute_force(q, x, k, distance):
+    """Every distance in float64, rounded to float32, sorted by (distance, index)."""
+    q, x = (Posterior(*(part.double() for part in codes)) for codes in (q, x))
+    every = torch.stack([distance_between(Posterior(*(part[i] for part in q)), x, distance) for i in range(len(q.mean))]).float()
+    order = every.argsort(dim=1, stable=True)[:, :k]
+    return order, every.gather(1, order)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    made = vaelib.mlp_vae((1, 28, 28), (32,), 4)
+    with torch.no_grad():
+        made.encoder.head.weight.mul_(4)
+    return made
+
+
+@pytest.fixture(scope="module")
+def index(model, digits):
+    return LatentIndex.build(model, digits)
+
+
+@pytest.mark.equation("symmetric-kl")
+@pytest.mark.equation("bhattacharyya")
+def test_statistical_distances_are_those_of_torch_distributions_and_of_the_integral():
+    p, q = random_codes(6, 3, 1, torch.float64), random_codes(6, 3, 2, torch.float64)
+    first, second = (Independent(Normal(c.mean, (c.log_var / 2).exp()), 1) for c in (p, q))
+    both = kl_divergence(first, second) + kl_divergence(second, first)
+    torch.testing.assert_close(distance_between(p, q, "symmetric_kl"), both, rtol=1e-12, atol=1e-12)
+    grid = torch.linspace(-40, 40, 400001, dtype=torch.float64)[:, None, None]  # the integral of sqrt(p q) factors over the latents
+    roots = ((Normal(p.mean, (p.log_var / 2).exp()).log_prob(grid) + Normal(q.mean, (q.log_var / 2).exp()).log_prob(grid)) / 2).exp()
+    integral = torch.trapezoid(roots, dx=80 / 400000, dim=0).prod(1)
+    torch.testing.assert_close(distance_between(p, q, "bhattacharyya"), -integral.log(), rtol=1e-8, atol=1e-10)
+
+
+def test_every_distance_is_symmetric_and_zero_from_a_code_to_itself():
+    p, q = random_codes(50, 7, 1, torch.float64), random_codes(50, 7, 2, torch.float64)
+    for distance in DISTANCES:
+        torch.testing.assert_close(distance_between(p, q, distance), distance_between(q, p, distance))
+        assert distance_between(p, p, distance).abs().max() < 1e-14
+        assert distance_between(p, q, distance).min() > 0
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize(("count", "width", "k", "block"), [(40, 3, 5, 7), (3000, 6, 10, 100), (30000, 2, 3, 500)])
+def test_neighbours_are_those_of_brute_force_in_float64(distance, count, width, k, block):
+    q, x = random_codes(12, width, 1), random_codes(count, width, 2)
+    found = nearest_neighbours(q, x, k, distance, block)
+    indices, distances = by_brute_force(q, x, k, distance)
+    assert torch.equal(found.indices, indices)
+    assert torch.equal(found.distances, distances)
+    assert (found.indices.dtype, found.distances.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_ties_go_to_the_lower_index_also_at_the_last_neighbour(distance):
+    few = random_codes(7, 5)
+    x = Posterior(*(part[torch.arange(4000) % 7] for part in few))  # each code 571 times: every k cuts through a tie
+    found = nearest_neighbours(few, x, 20, distance)
+    expected = torch.arange(7)[:, None] + 7 * torch.arange(20)
+    assert torch.equal(found.indices, expected)
+    assert torch.equal(nearest_neighbours(few, x, 20, distance, block=2).indices, expected)
+
+
+def test_a_few_equal_codes_among_many_stand_in_the_order_of_their_indices():
+    q, x = random_codes(40, 3, 1), random_codes(2000, 3, 2)
+    place = torch.randperm(6000, generator=torch.Generator().manual_seed(0)) % 2000
+    x = Posterior(*(part[place] for part in x))  # each code three times, anywhere
+    for distance in DISTANCES:
+        found = nearest_neighbours(q, x, 12, distance)
+        assert torch.equal(found.indices, by_brute_force(q, x, 12, distance)[0])
+        order = found.indices.view(40, 4, 3)
+        assert (place[order] == place[order[..., :1]]).all()
+        assert (order.diff(dim=2) > 0).all()
+
+
+def test_codes_far_from_the_origin_are_still_told_apart():
+    x = 3000 + 0.01 * torch.randn(5000, 8, generator=torch.Generator().manual_seed(0))  # |x|^2 has no digit left for distances
+    q = x[:20] + 0.001
+    tree = NearestNeighbors(algorithm="kd_tree").fit(x.double().numpy())
+    distances, _ = tree.kneighbors(q.double().numpy(), 5)
+    np.testing.assert_allclose(nearest_neighbours(q, x, 5).distances.numpy(), distances, rtol=1e-6)
+
+
+def test_the_size_of_the_blocks_does_not_matter(monkeypatch):
+    q, x = random_codes(30, 5, 1), random_codes(2000, 5, 2)
+    for distance in DISTANCES:
+        whole = nearest_neighbours(q, x, 7, distance)
+        with monkeypatch.context() as patch:
+            patch.setattr(vaelib.retrieval, "SCORES", 1000)
+            for block in (1, 4, 100):
+                part = nearest_neighbours(q, x, 7, distance, block)
+                assert torch.equal(part.indices, whole.indices)
+                assert torch.equal(part.distances, whole.distances)
+
+
+def test_raw_pixels_are_not_searched_twice(digits, monkeypatch):
+    """The bound on the rounding grows with the numbers as the distances do: no query needs the second, full search."""
+    passes = []
+    sides = retrieval.database_sides
+    monkeypatch.setattr(retrieval, "database_sides", lambda *arguments: passes.append(1) or sides(*arguments))
+    flat = digits.pixels.flatten(1).float()
+    found = nearest_neighbours(flat[:50] / 3, flat, k=5)
+    assert len(passes) == 1
+    exact = torch.cdist(flat[:50].double() / 3, flat.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    assert torch.equal(found.indices, exact.float().argsort(dim=1, stable=True)[:, :5])
+
+
+def test_all_codes_can_be_asked_for_and_come_in_order():
+    q, x = random_codes(4, 3, 1), random_codes(90, 3, 2)
+    found = nearest_neighbours(q.mean, x.mean, 90)
+    assert torch.equal(found.indices.sort(1).values, torch.arange(90).expand(4, -1))
+    assert (found.distances.diff(dim=1) >= 0).all()
+
+
+def test_an_image_finds_itself_first(index, digits):
+    found = index.search(digits.pixels[:200], k=3)
+    itself = (found.indices == torch.arange(200)[:, None]).any(1)
+    assert itself.all()
+    assert found.distances[:, 0].max() < 1e-5
+    for distance in DISTANCES:
+        assert torch.equal(index.search(digits.pixels[40:60], 1, distance).indices[:, 0], torch.arange(40, 60))
+
+
+def test_the_index_holds_posteriors_not_samples_whatever_the_chunks(index, model, digits):
+    means = vaelib.posterior_means(model, digits)
+    torch.testing.assert_close(index.codes.mean, means, rtol=1e-5, atol=1e-6)
+    again = LatentIndex.build(model, digits, batch_size=77)
+    torch.testing.assert_close(again.codes.mean, means, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(again.codes.log_var, index.codes.log_var, rtol=1e-5, atol=1e-6)
+    assert torch.equal(LatentIndex.build(model, digits.pixels[:9]).labels, torch.full((9,), -1))
+
+
+def test_search_takes_pixels_sets_posteriors_and_means_alike(index, digits):
+    images = digits[5:15]
+    q = posteriors(index.model, images)
+    by_pixels = index.search(images.pixels, 4)
+    for queries in (images, q, q.mean):
+        assert torch.equal(index.search(queries, 4).indices, by_pixels.indices)
+    assert not torch.equal(index.search(q, 4, "symmetric_kl").distances, by_pixels.distances)
+
+
+def test_adding_images_is_building_with_all_of_them(index, model, digits):
+    grown = LatentIndex.build(model, digits[:700])
+    grown.add(digits[700:1500])
+    assert len(grown) == len(index) == 1500
+    assert torch.equal(grown.labels, digits.labels)
+    torch.testing.assert_close(grown.codes.mean, index.codes.mean, rtol=1e-5, atol=1e-6)
+    assert grown.label(0) == digits.classes[digits.labels[0]]
+
+
+@pytest.mark.parametrize("build", [
+    lambda: vaelib.conv_vae((3, 16, 16), (4, 4, 4), channels=(8, 8)),
+    lambda: vaelib.hierarchical_vae((3, 16, 16), ((2, 1), (2, 1)), width=8, bottleneck=4, blocks=1),
+    lambda: vaelib.mlp_vae((3, 16, 16), (16,), 5, "gaussian"),
+])  # fmt: skip
+def test_every_kind_of_model_can_be_searched_saved_and_loaded(build, tmp_path):
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (30, 3, 16, 16), dtype=torch.uint8)
+    made = LatentIndex.build(build(), image_set(pixels, list(range(30))))
+    made.save(tmp_path / "a.index")
+    loaded = LatentIndex.load(tmp_path / "a.index")
+    for distance in DISTANCES:
+        a, b = (each.search(pixels[:6], 5, distance) for each in (made, loaded))
+        assert torch.equal(a.indices, b.indices)
+        assert torch.equal(a.indices[:, 0], torch.arange(6))
+
+
+def test_a_saved_index_comes_back_whole_in_one_file(index, model, digits, tmp_path):
+    named = LatentIndex.build(model, digits[:40], names=[f"{i}.png" for i in range(40)], source={"folder": "somewhere"})
+    named.save(tmp_path / "new" / "digits.index")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["digits.index"]
+    for loaded in (LatentIndex.load(tmp_path / "new" / "digits.index"), LatentIndex.load(tmp_path / "new" / "digits.index", model)):
+        assert torch.equal(loaded.codes.mean, named.codes.mean)
+        assert torch.equal(loaded.codes.log_var, named.codes.log_var)
+        assert torch.equal(loaded.labels, named.labels)
+        assert (loaded.names, loaded.classes, loaded.source) == (named.names, named.classes, named.source)
+        found, expected = (each.search(digits.pixels[50:60], 3, "bhattacharyya") for each in (loaded, named))
+        assert torch.equal(found.indices, expected.indices)
+    loaded.add(digits[40:50], [f"{i}.png" for i in range(40, 50)])  # the file stays as it was until it is saved again
+    assert len(LatentIndex.load(tmp_path / "new" / "digits.index")) == 40
+    loaded.save(tmp_path / "new" / "digits.index")
+    assert len(LatentIndex.load(tmp_path / "new" / "digits.index")) == 50
+
+
+def test_an_index_of_another_model_is_refused(index, model, digits, tmp_path):
+    index.save(tmp_path / "digits.index")
+    other = vaelib.mlp_vae((1, 28, 28), (32,), 4)
+    with pytest.raises(ValueError, match="model: got another config or other weights"):
+        LatentIndex.load(tmp_path / "digits.index", other)
+    own = LatentIndex.build(other, digits[:20])
+    with torch.no_grad():
+        other.encoder.head.bias.add_(1e-3)  # trained on since
+    for call in (lambda: own.search(digits.pixels[:2], 1), lambda: own.add(digits[:2]), lambda: own.save(tmp_path / "b.index")):
+        with pytest.raises(ValueError, match="model: got another config or other weights"):
+            call()
+    assert not (tmp_path / "b.index").exists()
+
+
+def test_broken_and_foreign_files_are_refused(index, tmp_path):
+    good = tmp_path / "good.index"
+    index.save(good)
+    data = good.read_bytes()
+    with safe_open(good, "pt") as file:
+        about, tensors = json.loads(file.metadata()["index"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    (tmp_path / "truncated").write_bytes(data[:-100])
+    (tmp_path / "empty").write_bytes(b"")
+    (tmp_path / "pickle").write_bytes(b"\x80\x04" + data)
+    save_file(tensors, tmp_path / "foreign")
+    save_file(tensors, tmp_path / "version", {"index": json.dumps(about | {"version": 2})})
+    save_file(tensors | {"labels": tensors["labels"][1:]}, tmp_path / "sizes", {"index": json.dumps(about)})
+    save_file({n: t for n, t in tensors.items() if n != "names"}, tmp_path / "lacking", {"index": json.dumps(about)})
+    weight = next(name for name in tensors if name.startswith("model."))
+    save_file(tensors | {weight: tensors[weight] + 1}, tmp_path / "weights", {"index": json.dumps(about)})
+    for name in ("truncated", "empty", "pickle", "foreign", "version", "sizes", "lacking", "missing"):
+        with pytest.raises(ValueError, match=f"path: got .*{name}, expected an index written by LatentIndex.save"):
+            LatentIndex.load(tmp_path / name)
+    with pytest.raises(ValueError, match="it is of version 2, this vaelib reads 1"):
+        LatentIndex.load(tmp_path / "version")
+    with pytest.raises(ValueError, match="model: got another config or other weights"):
+        LatentIndex.load(tmp_path / "weights")
+
+
+def test_a_failed_save_leaves_nothing_and_keeps_the_old_file(index, tmp_path):
+    (tmp_path / "folder.index").mkdir()
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "folder.index", tmp_path / "file" / "a.index"):
+        with pytest.raises(ValueError, match="path: got"):
+            index.save(path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.index"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_search_of_a_loaded_index_holds_blocks_not_the_whole(tmp_path):
+    index = LatentIndex.build(vaelib.mlp_vae((1, 4, 4), (4,), 64), torch.zeros(1, 1, 4, 4, dtype=torch.uint8))
+    count = 1_000_000
+    index.codes = Posterior(torch.randn(count, 64), torch.zeros(1).expand(count, 64))
+    index.labels = torch.full((count,), -1)
+    index.save(tmp_path / "large.index")
+    code = """
+import sys, threading, time, torch
+from vaelib.retrieval import LatentIndex
+def own():  # MB of this process's own memory, without pages of the file, which the system can drop at any time
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024
+torch.set_num_threads(1)
+torch.randn(300, 300) @ torch.randn(300, 300)
+before, most, done = own(), 0.0, False
+def watch():
+    global most
+    while not done:
+        most = max(most, own())
+        time.sleep(0.001)
+watcher = threading.Thread(target=watch); watcher.start()
+index = LatentIndex.load(sys.argv[1])
+found = index.search(torch.zeros(20, 64), 10)
+done = True; watcher.join()
+print(most - before, found.distances.max().item(), len(index))
+"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "large.index"], capture_output=True, text=True, check=True)
+    most, furthest, found = map(float, done.stdout.split())
+    norms = index.codes.mean.double().norm(dim=1)
+    assert furthest == pytest.approx(norms.topk(10, largest=False).values[-1].item(), rel=1e-6)
+    assert found == count
+    assert most < 100  # of the 512 MB of codes
+
+
+@pytest.mark.parametrize("method", ["hnsw", "ivf_pq"])
+def test_faiss_methods_find_nearly_the_exact_neighbours_and_keep_through_a_file(method, model, digits, tmp_path):
+    pytest.importorskip("faiss")
+    exact = LatentIndex.build(model, digits).search(digits.pixels[:300], 10)
+    index = LatentIndex.build(model, digits[:1000], method=method)
+    index.add(digits[1000:])
+    found = index.search(digits.pixels[:300], 10)
+    shared = (found.indices[:, :, None] == exact.indices[:, None]).any(2).double().mean()
+    assert shared > 0.95
+    same = found.indices == exact.indices
+    torch.testing.assert_close(found.distances[same], exact.distances[same], rtol=1e-4, atol=1e-5)  # true distances, not PQ's
+    index.save(tmp_path / "a.index")
+    again = LatentIndex.load(tmp_path / "a.index").search(digits.pixels[:300], 10)
+    assert torch.equal(again.indices, found.indices)
+    assert torch.equal(again.distances, found.distances)
+    everything = index.search(digits.pixels[:3], 1500, effort=1)  # more than the lists that are looked into hold
+    assert torch.equal(everything.indices.sort(1).values, torch.arange(1500).expand(3, -1))
+    with pytest.raises(ValueError, match=f"distance: got 'cosine', expected 'euclidean' with the method '{method}'"):
+        index.search(digits.pixels[:3], 10, "cosine")
+
+
+def test_without_faiss_the_error_says_how_to_get_it(model, digits, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="pip install faiss-cpu"):
+        LatentIndex.build(model, digits[:10], method="hnsw")
+
+
+@pytest.fixture(scope="module")
+def labelled():
+    """Queries and a database of three classes that overlap, with labels."""
+    generator = torch.Generator().manual_seed(3)
+    labels, wanted = torch.randint(0, 3, (400,), generator=generator), torch.randint(0, 3, (60,), generator=generator)
+    centres = torch.randn(3, 5, generator=generator)
+    x, q = centres[labels] + torch.randn(400, 5, generator=generator), centres[wanted] + torch.randn(60, 5, generator=generator)
+    return q, wanted, x, labels
+
+
+def test_scores_at_k_are_scikit_learn_s(labelled):
+    q, wanted, x, labels = labelled
+    near = nearest_neighbours(q, x, 9)
+    found = labels[near.indices]
+    retrieved = torch.zeros(60, 400).scatter(1, near.indices, 1)
+    for i in range(60):
+        truth = (labels == wanted[i]).int().numpy()
+        assert precision_at_k(found, wanted)[i].item() == pytest.approx(precision_score(truth, retrieved[i].int().numpy()))
+        assert recall_at_k(found, wanted, labels)[i].item() == pytest.approx(recall_score(truth, retrieved[i].int().numpy()))
+    for k in (1, 5):
+        predicted = KNeighborsClassifier(k).fit(x.numpy(), labels.numpy()).predict(q.numpy())
+        votes = labels[near.indices[:, :k]]
+        counts = torch.nn.functional.one_hot(votes, 3).sum(1)
+        clear = (counts == counts.max(1, keepdim=True).values).sum(1) == 1  # it breaks ties by the lower class
+        ours = knn_accuracy(votes, wanted)
+        assert clear.sum() > 40
+        assert torch.equal(ours[clear], torch.from_numpy(predicted == wanted.numpy()).double()[clear])
+
+
+def test_a_tie_of_votes_goes_to_the_class_of_the_nearest():
+    found = torch.tensor([[2, 1, 1, 2, 0], [1, 2, 2, 1, 0], [0, 1, 1, 2, 2], [0, 2, 1, 1, 2]])
+    for winners, wanted in (([1, 1, 0, 0], [2, 1, 2, 1]), ([1, 1, 1, 1], [2, 1, 1, 2])):
+        assert knn_accuracy(found, torch.tensor(wanted)).tolist() == winners
+
+
+@pytest.mark.equation("average-precision")
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_average_precision_over_the_full_ranking_is_scikit_learn_s(labelled, distance):
+    _, wanted, _, labels = labelled
+    q, x = random_codes(60, 4, 1), random_codes(400, 4, 2)
+    q.mean[:, 0] += wanted
+    x.mean[:, 0] += labels
+    ours = average_precision(q, wanted, x, labels, distance, block=7)
+    for i in range(60):
+        far = distance_between(Posterior(q.mean[i].double(), q.log_var[i].double()), Posterior(*(p.double() for p in x)), distance)
+        assert ours[i].item() == pytest.approx(average_precision_score((labels == wanted[i]).numpy(), -far.numpy()), abs=1e-9)
+
+
+def test_the_bootstrap_interval_covers_the_mean_as_often_as_its_level():
+    generator = torch.Generator().manual_seed(0)
+    trials, covered = 400, 0
+    for trial in range(trials):
+        low, high = bootstrap_interval(torch.randn(80, generator=generator), 0.9, 400, seed=trial)
+        covered += low <= 0 <= high
+    assert abs(covered / trials - 0.9) < 4 * math.sqrt(0.9 * 0.1 / trials)
+    values = torch.rand(50, generator=generator)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    assert bootstrap_interval(values) != bootstrap_interval(values, seed=1)
+
+
+def test_score_retrieval_gives_mean_and_interval_of_each_score(labelled):
+    q, wanted, x, labels = labelled
+    found = labels[nearest_neighbours(q, x, 20).indices]
+    ap = average_precision(q, wanted, x, labels)
+    result = score_retrieval(found, wanted, labels, k=5, mean_average_precision=ap)
+    assert set(result) == {"precision_at_k", "recall_at_k", "knn_accuracy", "mean_average_precision"}
+    assert result["precision_at_k"]["mean"] == pytest.approx(precision_at_k(found[:, :5], wanted).mean().item())
+    assert result["mean_average_precision"]["mean"] == pytest.approx(ap.mean().item())
+    for score in result.values():
+        assert score["low"] < score["mean"] < score["high"]
+
+
+def test_bad_arguments_are_refused(index, model, digits):
+    q, x = random_codes(3, 4, 1), random_codes(20, 4, 2)
+    bad = x.mean.clone()
+    bad[4, 1] = math.nan
+    labels = torch.zeros(20, dtype=torch.int64)
+    for call, message in [
+        (lambda: LatentIndex.build(model, digits.pixels[:0]), "got an empty set"),
+        (lambda: LatentIndex.build(model, digits.pixels[:, :, :14]), r"pixels: got images of shape \(1, 14, 28\), expected"),
+        (lambda: LatentIndex.build(model, digits, method="flat"), "method: got 'flat', expected one of"),
+        (lambda: LatentIndex.build(model, digits, names=["a"]), "names: got 1 for 1500 images"),
+        (lambda: LatentIndex.build(model, digits[:100], method="ivf_pq"), "images: got 100, expected at least 256"),
+        (lambda: index.add(digits[:3], ["a", "b", "c"]), "names: got 3 for 3 images"),
+        (lambda: index.add(image_set(digits.pixels[:3], [0, 1, 2])), "images: got the classes"),
+        (lambda: index.search(digits.pixels[:2], 1501), "k: got 1501, expected at most the 1500 images of the index"),
+        (lambda: index.search(digits.pixels[:2], 0), "k: got int 0"),
+        (lambda: index.search(digits.pixels[:2], 5, "euclidian"), "distance: got 'euclidian', .*did you mean 'euclidean'"),
+        (lambda: index.search(digits.pixels[0], 5), "pixels: got a uint8 tensor"),
+        (lambda: index.search(digits.pixels[:2].float(), 5), "pixels: got a float32 tensor"),
+        (lambda: index.search(torch.zeros(2, 5), 5), r"queries: got a float32 tensor of shape \(2, 5\), expected shape \(Q, 4\)"),
+        (lambda: index.search(torch.zeros(2, 4), 5, "symmetric_kl"), "queries: got NoneType None as log_var, expected posteriors"),
+        (lambda: index.search(torch.full((2, 4), math.inf), 5), "queries: got NaN or infinity"),
+        (lambda: nearest_neighbours(q.mean, bad, 2), "database: got NaN"),
+        (lambda: nearest_neighbours(q, Posterior(x.mean, bad), 2, "bhattacharyya"), "database: got NaN"),
+        (lambda: nearest_neighbours(q.mean, x.mean, 21), "k: got 21, expected at most the 20 codes"),
+        (lambda: nearest_neighbours(q.mean, x.mean, 2, block=0), "block: got int 0"),
+        (lambda: nearest_neighbours(q.mean, digits.pixels, 2), "database: got a uint8 tensor"),
+        (lambda: recall_at_k(labels[None, :5], torch.tensor([3]), labels), "query_labels: got class 3"),
+        (lambda: score_retrieval(labels[None, :5], labels[:1], labels, 6), "k: got 6, expected at most the 5 neighbours"),
+        (lambda: bootstrap_interval(torch.ones(3), 1.0), "level: got 1.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert len(index) == 1500
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of image files of several kinds, among them two that are none."""
+    folder = tmp_path / "pictures"
+    (folder / "deep").mkdir(parents=True)
+    colours = torch.arange(12 * 20 * 3).view(12, 20, 3).remainder(256).to(torch.uint8).numpy()
+    Image.fromarray(colours).save(folder / "b.png")
+    Image.fromarray(colours).save(folder / "deep" / "a.jpg")
+    Image.fromarray(colours[..., 0]).save(folder / "c.gif")
+    (folder / "broken.png").write_bytes((folder / "b.png").read_bytes()[:60])
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_a_folder_gives_its_images_by_name_and_skips_what_is_none(pictures):
+    for channels in (1, 3):
+        folder = load_folder(pictures, (channels, 8, 8))
+        assert folder.pixels.shape == (3, channels, 8, 8)
+        assert folder.pixels.dtype == torch.uint8
+        assert folder.names == ("b.png", "c.gif", "deep/a.jpg")
+        assert folder.skipped == ("broken.png", "notes.txt")
+
+
+def test_an_image_of_the_model_s_size_comes_as_it_is_stored(tmp_path, digits):
+    Image.fromarray(digits.pixels[3, 0].numpy()).save(tmp_path / "digit.png")
+    assert torch.equal(read_image(tmp_path / "digit.png", (1, 28, 28)), digits.pixels[3])
+    shapes = vaelib.load_images("shapes", "test").pixels[0]
+    Image.fromarray(shapes.permute(1, 2, 0).numpy()).save(tmp_path / "shape.png")
+    assert torch.equal(read_image(tmp_path / "shape.png", (3, 32, 32)), shapes)
+    deep = (digits.pixels[3, 0].numpy().astype(np.uint16) << 8) + 7  # 16 bits
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert torch.equal(read_image(tmp_path / "deep.png", (1, 28, 28)), digits.pixels[3])
+
+
+def test_images_are_turned_upright_and_cropped_to_their_centre(tmp_path):
+    wide = np.zeros((10, 30), np.uint8)
+    wide[:, 10:20] = 200  # the centre square
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (read_image(tmp_path / "wide.png", (1, 10, 10)) == 200).all()
+    half = np.zeros((16, 16), np.uint8)
+    half[:8] = 200  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: above is to become right
+    Image.fromarray(half).save(tmp_path / "turned.png", exif=exif)
+    turned = read_image(tmp_path / "turned.png", (1, 16, 16))[0].int()
+    assert (turned[:, 8:] == 200).all()
+    assert (turned[:, :8] == 0).all()
+
+
+def test_folders_and_files_without_an_image_are_refused(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    for call, message in [
+        (lambda: load_folder(tmp_path / "empty", (1, 8, 8)), "empty, expected a folder with an image that can be read; 0 cannot"),
+        (lambda: load_folder(tmp_path / "texts", (1, 8, 8)), "1 cannot .*cannot identify image file"),
+        (lambda: load_folder(tmp_path / "nowhere", (1, 8, 8)), "expected a folder with an image"),
+        (lambda: load_folder(pictures, (2, 8, 8)), "image_shape: got 2 channels"),
+        (lambda: load_folder(pictures, (1, 0, 8)), "image_shape"),
+        (lambda: read_image(pictures / "notes.txt", (1, 8, 8)), "expected an image file"),
+        (lambda: read_image(pictures / "none.png", (1, 8, 8)), "expected an image file"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+class Done(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run `vaelib ...` in this process, in an empty folder: a process of its own would cost seconds each."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vaelib", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return Done(ended.value.code or 0, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def indexed(model, vaelib_command, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("retrieval")
+    vaelib.save(model, folder / "run")
+    done = vaelib_command("index", folder / "run", "--data", "digits", "--out", folder / "digits.index", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 1500
+    return folder
+
+
+def test_the_command_finds_what_the_library_finds_without_the_run_folder(indexed, index, digits, command, tmp_path):
+    (tmp_path / "digits.index").write_bytes((indexed / "digits.index").read_bytes())
+    Image.fromarray(digits.pixels[7, 0].numpy()).save(tmp_path / "query.png")
+    done = command("search", "digits.index", "query.png", "-k", 3, "--out", "sheet.png", "--json", "--device", "cpu")
+    assert done.status == 0, done.stderr
+    rows = json.loads(done.stdout)["neighbours"]
+    expected = index.search(digits.pixels[7:8], 3)
+    assert [row["index"] for row in rows] == expected.indices[0].tolist()
+    assert [row["distance"] for row in rows] == pytest.approx(expected.distances[0].tolist(), abs=1e-4)
+    assert [row["label"] for row in rows] == [digits.classes[digits.labels[i]] for i in expected.indices[0]]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (4 * 29 - 1, 28)
+        picture = torch.from_numpy(np.array(sheet))
+    for place, i in enumerate([7, *expected.indices[0].tolist()]):
+        assert torch.equal(picture[:, place * 29 : place * 29 + 28], digits.pixels[i, 0])
+    table = command("search", "digits.index", "query.png", "-k", 3, "--query-index", 5, "--device", "cpu")
+    assert len(table.stdout.splitlines()) == 8
+    with Image.open(tmp_path / "neighbours.png") as sheet:
+        assert sheet.size == (4 * 29 - 1, 2 * 29 - 1)
+    assert "digits test 5" in table.stdout
+
+
+def test_a_folder_of_files_is_indexed_and_searched_by_name(indexed, digits, command, tmp_path):
+    (tmp_path / "files").mkdir()
+    for i in range(12):
+        Image.fromarray(digits.pixels[i, 0].numpy()).save(tmp_path / "files" / f"{i:02}.png")
+    (tmp_path / "files" / "broken.png").write_bytes(b"no image")
+    done = command("index", indexed / "run", "--folder", "files", "--out", "a.index", "--device", "cpu", "--json")
+    assert done.status == 0, done.stderr
+    assert (json.loads(done.stdout)["images"], json.loads(done.stdout)["skipped"]) == (12, 1)
+    options = ("--distance", "symmetric_kl", "-k", 1, "--device", "cpu", "--json", "--out", "sheet.png")
+    done = command("search", "a.index", "files", *options)
+    assert done.status == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["skipped"] == 1
+    assert [row["file"] for row in result["neighbours"]] == [f"{i:02}.png" for i in range(12)]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size == (2 * 29 - 1, 12 * 29 - 1)
+
+
+def test_an_index_is_replaced_only_when_asked(indexed, command, tmp_path):
+    arguments = ("index", indexed / "run", "--data", "digits", "--out", "a.index", "--device", "cpu")
+    assert command(*arguments, "--split", "test").status == 0
+    before = (tmp_path / "a.index").read_bytes()
+    assert "already exists" in command(*arguments).stderr
+    assert (tmp_path / "a.index").read_bytes() == before
+    assert command(*arguments, "--overwrite").status == 0
+    assert len(LatentIndex.load(tmp_path / "a.index")) == 1500
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("index", "{run}", "--data", "digits", "--out", "{tmp}/file"), "already exists"),
+    (("index", "{run}", "--data", "digits", "--out", "{tmp}/file/a.index"), "got"),
+    (("index", "{run}", "--data", "digits", "--out", "{tmp}/new.index", "--method", "lsh"), "method: got 'lsh'"),
+    (("index", "{run}", "--data", "shapes", "--out", "{tmp}/new.index"), "got images of shape (3, 32, 32), expected (1, 28, 28)"),
+    (("index", "{run}", "--folder", "{tmp}", "--out", "{tmp}/new.index"), "expected a folder with an image that can be read"),
+    (("search", "{index}", "{tmp}/file"), "expected an image file"),
+    (("search", "{index}"), "queries: got none"),
+    (("search", "{index}", "--query-index", "297"), "query_index: got 297, expected less than the 297 test images"),
+    (("search", "{index}", "--query-index", "1", "-k", "1501"), "k: got 1501, expected at most the 1500 images"),
+    (("search", "{index}", "--query-index", "1", "--distance", "cosin"), "did you mean 'cosine'"),
+    (("search", "{index}", "--query-index", "1", "--out", "{tmp}/a.txt"), "expected the name of an image file"),
+    (("search", "{tmp}/file", "--query-index", "1"), "expected an index written by LatentIndex.save"),
+])  # fmt: skip
+def test_bad_input_ends_with_one_line_and_writes_nothing(arguments, message, indexed, command, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    places = {"tmp": tmp_path, "run": indexed / "run", "index": indexed / "digits.index"}
+    done = command(*(a.format(**places) for a in arguments))
+    assert done.status == 2
+    assert done.stderr.startswith("vaelib: error: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr
+    assert done.stdout == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.real_data
+def test_neighbours_of_a_digit_are_mostly_its_own_class(real_data, model):
+    train, test = real_data("mnist"), real_data("mnist", "test")
+    q, x = (images.pixels[:1000].flatten(1).float() for images in (test, train))
+    found = train.labels[:1000][nearest_neighbours(q, x, 5).indices]
+    assert knn_accuracy(found, test.labels[:1000]).mean() > 0.8

@@ -1,0 +1,147 @@
+"""The conditional VAE: for each label y a VAE of p(x given y), all of them sharing their weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vaelib._validation import check_image_shape, check_int, describe
+from vaelib.likelihoods import Likelihood, make_likelihood
+from vaelib.networks import MLPDecoder, MLPEncoder
+from vaelib.objectives import ElboTerms
+from vaelib.vae import VAE, Posterior, check_hidden_dims
+
+
+class ConditionalVAE(VAE):
+    """p(x, z given y) = N(z; 0, I) p(x given z, y), with the amortized posterior q(z given x, y); y is the label of x.
+
+    `given(labels)` is the VAE of p(x given y), so all that is written for a VAE holds for it: `generate(model.given(3), 64)`.
+    `fit`, `heldout_elbo` and the functions of `vaelib.evaluation` take the labels from their `ImageSet`; the bounds are then on
+    log p(x given y). Sohn, Lee and Yan 2015; Kingma et al. 2014 (semi-supervised learning), model M2 with every label observed.
+
+    Args:
+        encoder: module from x (N, C, H, W) and y (N, num_classes), one-hot, to (mean, log_var), each (N, L).
+        decoder: module from z (N, L) and y (N, num_classes), one-hot, to the likelihood's params (N, P*C, H, W).
+        likelihood, image_shape, latent_dim, config: as in `VAE`.
+        num_classes: how many labels there are, at least 2; a label is an integer from 0 to num_classes - 1.
+
+    Attributes:
+        labels: those that the model is bound to, (N,), or one for all images, (1,); None before `given`.
+    """
+
+    needs_labels = True
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        likelihood: Likelihood,
+        image_shape: Sequence[int],
+        latent_dim: int | Sequence[int],
+        num_classes: int,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(encoder, decoder, likelihood, image_shape, latent_dim, config)
+        self.num_classes = check_int("num_classes", num_classes, minimum=2)
+        self.labels: Tensor | None = None
+
+    def given(self, labels: int | Tensor, validate: bool = True) -> ConditionalVAE:
+        """The VAE of p(x given y): the same weights, bound to labels. It has no config: save the model itself.
+
+        Args:
+            labels: one label for all images, or an int64 tensor (N,) with that of each image. K draws of z for each image meet the
+                labels K times over, so the decoder takes codes (K*N, L) in the order of `VAE.elbo`.
+            validate: whether the labels are checked; without it a tensor is taken as it is.
+
+        Raises:
+            ValueError: For labels of another dtype or shape, or outside 0..num_classes - 1.
+        """
+        if validate:
+            labels = self.check_labels(labels)
+        bound = copy.copy(self)  # shallow: parameters and modules are shared
+        bound.labels, bound.config, bound.needs_labels = labels, None, False
+        return bound
+
+    def check_labels(self, labels: int | Tensor) -> Tensor:
+        """The labels as an int64 tensor (N,); ValueError unless all are labels of this model."""
+        single = isinstance(labels, int) and not isinstance(labels, bool)
+        if not single and not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1 and len(labels)):
+            raise ValueError(f"labels: got {describe(labels)}, expected an integer or an int64 tensor of shape (N,)")
+        low, high = (labels, labels) if single else (int(labels.min()), int(labels.max()))
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(f"labels: got {low if low < 0 else high}, expected labels from 0 to {self.num_classes - 1}")
+        return torch.tensor([labels]) if single else labels
+
+    def forward(self, x: Tensor, eps: Tensor | None = None, labels: Tensor | None = None) -> ElboTerms:
+        """`elbo` given labels (N,), without a look at the values of either; see `VAE.forward`."""
+        return VAE.forward(self if labels is None else self.given(labels, validate=False), x, eps)
+
+    def encode(self, x: Tensor, validate: bool = True) -> Posterior:
+        """q(z given x, y), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L)."""
+        self.check_input(x, validate)
+        mean, log_var = self.encoder(x, self._one_hot(x, "images"))
+        return Posterior(mean.to(x.dtype), log_var.to(x.dtype))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's params at z and the labels: (K*N, L) -> (K*N, P, H, W), in the dtype of z."""
+        self.check_code(z)
+        return self.decoder(z, self._one_hot(z, "codes")).to(z.dtype)
+
+    def _one_hot(self, values: Tensor, name: str) -> Tensor:
+        """The label of each of `values`: (M, num_classes), in their dtype."""
+        if self.labels is None:
+            raise ValueError("model: got a conditional VAE, expected model.given(labels), or an ImageSet with labels to work on")
+        count, wanted = len(self.labels), len(values)
+        if count > 1 and (wanted % count if name == "codes" else wanted != count):
+            raise ValueError(f"labels: got {count} labels for {wanted} {name}, expected one label, or one for each image")
+        classes = torch.arange(self.num_classes, device=values.device)
+        one_hot = self.labels.to(values.device)[:, None] == classes  # not F.one_hot, which may wait for the device
+        return one_hot.to(values.dtype).repeat(wanted // count, 1)
+
+
+class WithLabels(nn.Module):
+    """A network of one vector, given that vector with the one-hot label behind it: (N, ...), (N, num_classes) -> its output."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, values: Tensor, one_hot: Tensor) -> Any:
+        return self.network(torch.cat([values.flatten(1), one_hot], dim=1))
+
+
+def conditional_vae(
+    image_shape: Sequence[int],
+    num_classes: int,
+    hidden_dims: Sequence[int] = (400,),
+    latent_dim: int = 20,
+    likelihood: str | dict[str, Any] | Likelihood = "bernoulli",
+    activation: str = "relu",
+) -> ConditionalVAE:
+    """A conditional VAE of fully connected layers: `mlp_vae` whose encoder and decoder see the one-hot label beside x and z.
+
+    Args:
+        image_shape: (C, H, W).
+        num_classes: how many labels there are, at least 2.
+        hidden_dims, latent_dim, likelihood, activation: as in `mlp_vae`.
+    """
+    likelihood, hidden_dims = make_likelihood(likelihood), check_hidden_dims(hidden_dims)
+    image_shape, labels = check_image_shape("image_shape", image_shape), check_int("num_classes", num_classes, minimum=2)
+    latent_dim, param_channels = check_int("latent_dim", latent_dim), likelihood.param_channels(image_shape[0])
+    encoder = MLPEncoder((1, 1, math.prod(image_shape) + labels), hidden_dims, latent_dim, activation)
+    decoder = MLPDecoder(latent_dim + labels, hidden_dims[::-1], image_shape, param_channels, activation)
+    config = {
+        "model": "conditional",
+        "image_shape": list(image_shape),
+        "num_classes": num_classes,
+        "hidden_dims": list(hidden_dims),
+        "latent_dim": latent_dim,
+        "likelihood": likelihood.config,
+        "activation": activation,
+    }
+    return ConditionalVAE(WithLabels(encoder), WithLabels(decoder), likelihood, image_shape, latent_dim, num_classes, config)

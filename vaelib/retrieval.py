@@ -1,0 +1,528 @@
+"""Search by content: an index of latent codes, nearest neighbours under four distances, and scores of what was found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
+from vaelib.data import ImageSet
+from vaelib.storage import build, signature, writable_folder
+from vaelib.vae import VAE, Posterior, evaluating, given_labels
+
+DISTANCES = ("euclidean", "cosine", "symmetric_kl", "bhattacharyya")
+STATISTICAL = DISTANCES[2:]  # between posteriors; the others are between their means
+METHODS = ("exact", "hnsw", "ivf_pq")
+VERSION = 1  # of the index file
+SPARE = 8  # candidates beyond k whose distance is computed exactly
+GROUP = 16  # scores per group; only the groups with the lowest minima are looked into
+SCORES = 2**23  # scores in memory at once
+
+
+class Neighbours(NamedTuple):
+    """The k nearest of each query, nearest first: `indices` int64 and `distances` float32, each (Q, k), on the CPU."""
+
+    indices: Tensor
+    distances: Tensor
+
+
+def posteriors(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000) -> Posterior:
+    """q(z given x) of each image, in chunks: mean and log_var, each (N, L), on the CPU. Nothing is sampled from it.
+
+    Where the likelihood binarizes, its noise belongs to the image (`vaelib.noise`): an image has the same code in every chunk.
+    For a `HierarchicalVAE` it is q along the path of the means.
+    """
+    with evaluating(model):
+        parts = [[part.cpu() for part in bound.encode(x)] for bound, x, _ in given_labels(model, images, batch_size, seed=0)]
+    return Posterior(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def distance_between(p: Posterior, q: Posterior, distance: str) -> Tensor:
+    """The distance of diagonal Gaussians, or of their means, over the last axis; the other axes broadcast.
+
+    - ``"euclidean"``: the norm of the means' difference.
+    - ``"cosine"``: 1 - cos of the angle between the means; 1 where a mean is 0.
+    - ``"symmetric_kl"``: KL(p, q) + KL(q, p), not halved, nats. Jeffreys 1946. eq. symmetric-kl
+    - ``"bhattacharyya"``: -log of the integral of sqrt(p q), nats. Kailath 1967. eq. bhattacharyya
+    """
+    if check_choice("distance", distance, DISTANCES) == "euclidean":
+        return (p.mean - q.mean).square().sum(-1).sqrt()
+    if distance == "cosine":
+        return (1 - (normalize(p.mean, dim=-1) * normalize(q.mean, dim=-1)).sum(-1)).clamp(min=0)
+    squared, change = (p.mean - q.mean).square(), (p.log_var - q.log_var) / 2
+    if distance == "symmetric_kl":
+        return (2 * change.sinh().square() + squared * ((-p.log_var).exp() + (-q.log_var).exp()) / 2).sum(-1)
+    log_cosh = torch.logaddexp(change, -change) - math.log(2)
+    return (squared / (p.log_var.exp() + q.log_var.exp()) / 4 + log_cosh / 2).sum(-1)
+
+
+def nearest_neighbours(
+    queries: Tensor | Posterior, database: Tensor | Posterior, k: int = 10, distance: str = "euclidean", block: int = 100
+) -> Neighbours:
+    """The k nearest of the database for each query, exactly; ties go to the lower index.
+
+    The database is read once, block by block, and the work is done where it is. Matrix products find k + 8 candidates of each query;
+    their distances are then computed in float64, rounded to float32 and sorted by (distance, index). A query whose candidates might
+    lack a tie or a nearer code, by a bound on the rounding of the products, is searched again with that bound.
+
+    Args:
+        queries: (Q, L), or a `Posterior` of that shape; the statistical distances need posteriors.
+        database: (N, L), or a `Posterior`.
+        distance: see `distance_between`.
+        block: queries at a time.
+
+    Raises:
+        ValueError: For codes of another shape, NaN or infinity among them, an unknown distance, or k above N.
+    """
+    q, x = check_pair(queries, database, distance)
+    if check_int("k", k) > len(x.mean):
+        raise ValueError(f"k: got {k}, expected at most the {len(x.mean)} codes there are")
+    kept, reach = min(k + SPARE, len(x.mean)), (0.0, 0.0)
+    parts = [at(q, slice(i, i + block)) for i in range(0, len(q.mean), check_int("block", block))]
+    sides = [query_side(part, distance) for part in parts]
+    best: list[list[Tensor]] = [[] for _ in parts]
+    for start, psi, bias, size in database_sides(x, distance, block):
+        reach = tuple(map(max, reach, size))
+        for i, (phi, _) in enumerate(sides):
+            values, columns = shortlist(scores(phi, psi, bias, distance), kept)
+            columns = columns + start
+            if start:
+                values, columns = torch.cat([best[i][0], values], 1), torch.cat([best[i][1], columns], 1)
+            top = values.topk(min(kept, values.shape[1]), largest=False)
+            best[i] = [top.values, columns.gather(1, top.indices)]
+    found = [ranked(part, x, *side, *top, k, distance, reach) for part, side, top in zip(parts, sides, best, strict=True)]
+    return Neighbours(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def check_pair(queries: Tensor | Posterior, database: Tensor | Posterior, distance: str) -> tuple[Posterior, Posterior]:
+    """Both as (mean, log_var) on the database's device; log_var is None for the distances between means."""
+    check_choice("distance", distance, DISTANCES)
+    pair = []
+    for argument, value in (("queries", queries), ("database", database)):
+        mean, log_var = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
+        if not isinstance(mean, Tensor) or not mean.is_floating_point() or mean.dim() != 2 or mean.numel() == 0:
+            raise ValueError(f"{argument}: got {describe(mean)}, expected a floating-point tensor (N, L), N and L at least 1")
+        if distance in STATISTICAL and (not isinstance(log_var, Tensor) or log_var.shape != mean.shape):
+            raise ValueError(f"{argument}: got {describe(log_var)} as log_var, expected posteriors for the distance {distance!r}")
+        pair.append(Posterior(mean, log_var if distance in STATISTICAL else None))
+    (q, x), device = pair, pair[1].mean.device
+    if q.mean.shape[1] != x.mean.shape[1]:
+        raise ValueError(f"queries: got {describe(q.mean)}, expected shape (Q, {x.mean.shape[1]}) as the database has")
+    if not all(part.isfinite().all() for part in q if part is not None):
+        raise ValueError("queries: got NaN or infinity, expected finite numbers")
+    return Posterior(*(None if part is None else part.to(device) for part in q)), x
+
+
+def at(codes: Posterior, index: Any) -> Posterior:
+    """The codes at `index`."""
+    return Posterior(*(None if part is None else part[index] for part in codes))
+
+
+def query_side(q: Posterior, distance: str) -> tuple[Tensor, Tensor]:
+    """phi and offset: a distance (the square of a Euclidean one) is phi . psi + bias + offset; the offset ranks nothing.
+
+    The Bhattacharyya distance is no such product: there phi and psi are the posteriors, as (mean, log_var) in one row.
+    """
+    if distance == "euclidean":
+        return -2 * q.mean.float(), q.mean.double().square().sum(1)
+    if distance == "cosine":
+        return -normalize(q.mean.float(), dim=1), torch.ones(len(q.mean))
+    mean, log_var = q.mean.double(), q.log_var.double()  # products of precisions are too wide for float32
+    if distance == "bhattacharyya":
+        return torch.cat([mean, log_var], 1), torch.zeros(len(mean))
+    precision = (-log_var).exp()
+    phi = torch.cat([(log_var.exp() + mean**2) / 2, precision / 2, -mean, -mean * precision], 1)
+    return phi, (mean**2 * precision).sum(1) / 2 - mean.shape[1]
+
+
+def database_sides(x: Posterior, distance: str, block: int) -> Iterator[tuple[int, Tensor, Tensor, tuple[float, float]]]:
+    """First row, psi, bias and (largest norm of psi, largest bias) of each block of the database, for `block` queries at a time."""
+    rows = max(1, SCORES // block // (x.mean.shape[1] if distance == "bhattacharyya" else 1))
+    for start in range(0, len(x.mean), rows):
+        mean, log_var = at(x, slice(start, start + rows))
+        psi = mean.float() if log_var is None else torch.cat([mean, log_var], 1).double()
+        bias = psi.new_zeros(1)
+        if distance == "euclidean":
+            bias = psi.norm(dim=1).square()
+        elif distance == "cosine":
+            psi = normalize(psi, dim=1)
+        elif distance == "symmetric_kl":
+            mean, log_var = psi.chunk(2, dim=1)
+            precision = (-log_var).exp()
+            psi = torch.cat([precision, log_var.exp() + mean**2, mean * precision, mean], 1)
+            bias = (mean**2 * precision).sum(1) / 2
+        size = psi.norm(dim=1).max().item(), bias.max().item()
+        if not math.isfinite(sum(size)):
+            raise ValueError("database: got NaN, infinity or a number too large, expected finite numbers")
+        yield start, psi, bias, size
+
+
+def scores(phi: Tensor, psi: Tensor, bias: Tensor, distance: str) -> Tensor:
+    """The distance less the query's offset, up to rounding: (B, n)."""
+    if distance == "bhattacharyya":
+        return distance_between(Posterior(*phi[:, None].chunk(2, -1)), Posterior(*psi.chunk(2, -1)), distance)
+    return torch.addmm(bias, phi, psi.T)
+
+
+def shortlist(values: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Values and columns among which are the `kept` lowest of each row: the groups with the lowest minima, and the rest.
+
+    A vectorized minimum over groups is several times as fast as a selection among all columns.
+    """
+    count, step = values.shape[1], values.shape[1] // GROUP
+    every = torch.arange(count, device=values.device)
+    if step <= kept:
+        return values, every.expand_as(values)
+    lowest = values[:, : GROUP * step].view(len(values), GROUP, step).amin(1).topk(kept, largest=False).indices  # (B, kept)
+    columns = (lowest[:, :, None] + every[: GROUP * step : step]).flatten(1)
+    columns = torch.cat([columns, every[GROUP * step :].expand(len(values), -1)], 1)
+    return values.gather(1, columns), columns
+
+
+def exact_distances(q: Posterior, x: Posterior, columns: Tensor, distance: str) -> Tensor:
+    """The distance of each query to its own columns, in float64 on the CPU, rounded: (B, L), (N, L), (B, C) -> (B, C) float32."""
+    pair = (at(q, (slice(None), None)), at(x, columns.to(x.mean.device)))
+    return distance_between(*(Posterior(*(p if p is None else p.cpu().double() for p in codes)) for codes in pair), distance).float()
+
+
+def ranked(
+    q: Posterior, x: Posterior, phi: Tensor, offset: Tensor, values: Tensor, columns: Tensor, k: int, distance: str,
+    reach: tuple[float, float],
+) -> Neighbours:
+    """The k nearest among the candidates, or among all codes where the candidates might not do."""
+    columns = columns.cpu().sort(1).values  # so that a stable sort leaves ties in the order of their indices
+    distances = exact_distances(q, x, columns, distance)
+    order = distances.argsort(dim=1, stable=True)[:, :k]
+    indices, distances = columns.gather(1, order), distances.gather(1, order)
+    if columns.shape[1] == len(x.mean):
+        return Neighbours(indices, distances)
+    furthest = distances[:, -1].double() * (1 + 2**-23)  # up to here a distance may round to that of the last neighbour
+    coarse = values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    rounding = (phi.shape[1] + 4) * (2**-8 if coarse else torch.finfo(values.dtype).eps)
+    error = rounding * ((1 + phi.norm(dim=1).cpu().double()) * (1 + reach[0]) + reach[1]) + 1e-12 * furthest
+    limit = (furthest.square() if distance == "euclidean" else furthest) - offset.cpu() + error
+    for row in (values[:, -1].cpu() <= limit).nonzero()[:, 0].tolist():
+        hits = [
+            (scores(phi[row : row + 1], *side, distance)[0].cpu() <= limit[row]).nonzero()[:, 0] + start
+            for start, *side, _ in database_sides(x, distance, 1)
+        ]
+        near = torch.cat(hits)
+        again = torch.cat([exact_distances(at(q, [row]), x, part[None], distance)[0] for part in near.split(2**16)])
+        order = again.argsort(stable=True)[:k]
+        indices[row], distances[row] = near[order], again[order]
+    return Neighbours(indices, distances)
+
+
+def precision_at_k(found: Tensor, query_labels: Tensor) -> Tensor:
+    """The share of each query's neighbours that are of its class: labels found (Q, k), labels (Q,) -> (Q,)."""
+    return (found == query_labels[:, None]).double().mean(1)
+
+
+def recall_at_k(found: Tensor, query_labels: Tensor, labels: Tensor) -> Tensor:
+    """The share of the database's images of a query's class that were found: (Q, k), (Q,), (N,) -> (Q,)."""
+    return (found == query_labels[:, None]).sum(1).double() / check_relevant(query_labels, labels)
+
+
+def knn_accuracy(found: Tensor, query_labels: Tensor) -> Tensor:
+    """1 where the majority of a query's neighbours has its class; a tie goes to the class of the nearest: (Q, k), (Q,) -> (Q,)."""
+    k = found.shape[1]
+    votes = (found[:, :, None] == found[:, None]).sum(2)  # (Q, k): how many neighbours share the class of this one
+    winner = (votes * (k + 1) - torch.arange(k)).argmax(1, keepdim=True)
+    return (found.gather(1, winner)[:, 0] == query_labels).double()
+
+
+def average_precision(
+    queries: Tensor | Posterior, query_labels: Tensor, database: Tensor | Posterior, labels: Tensor,
+    distance: str = "euclidean", block: int = 100,
+) -> Tensor:  # fmt: skip
+    """Precision at each image of the query's class, averaged, over the ranking of the whole database: (Q,); its mean is the mAP.
+    eq. average-precision
+
+    `block` rankings are held at once. The ranking is by the rounded distances of one matrix product; ties go to the lower index.
+    """
+    q, x = check_pair(queries, database, distance)
+    relevant, result = check_relevant(query_labels, labels), []
+    for start in range(0, len(q.mean), check_int("block", block)):
+        rows = slice(start, start + block)
+        phi, _ = query_side(at(q, rows), distance)
+        parts = [scores(phi, psi, bias, distance) for _, psi, bias, _ in database_sides(x, distance, block)]
+        ranking = torch.cat(parts, 1).argsort(dim=1, stable=True).cpu()
+        hits = labels[ranking] == query_labels[rows, None]
+        precision = hits.cumsum(1).double() / torch.arange(1, len(labels) + 1)
+        result.append((precision * hits).sum(1) / relevant[rows])
+    return torch.cat(result)
+
+
+def check_relevant(query_labels: Tensor, labels: Tensor) -> Tensor:
+    """How many of the database's images have the class of each query: (Q,), at least 1."""
+    relevant = torch.bincount(labels, minlength=int(query_labels.max()) + 1)[query_labels]
+    if not relevant.all():
+        missing = query_labels[relevant == 0][0].item()
+        raise ValueError(f"query_labels: got class {missing}, expected classes that some image of the database has")
+    return relevant
+
+
+def bootstrap_interval(values: Tensor, level: float = 0.95, num_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
+    """The percentile bootstrap interval of the mean of values (Q,): (low, high). Efron 1979."""
+    if not 0 < check_number("level", level) < 1:
+        raise ValueError(f"level: got {level}, expected a share between 0 and 1")
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
+    draws = (torch.randint(len(values), values.shape, generator=generator) for _ in range(check_int("num_resamples", num_resamples)))
+    means = torch.stack([values[draw].double().mean() for draw in draws])
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def score_retrieval(
+    found: Tensor, query_labels: Tensor, labels: Tensor, k: int = 10, seed: int = 0, **per_query: Tensor
+) -> dict[str, dict[str, float]]:
+    """Precision and recall at k and kNN accuracy: the mean of each, with its 95 % bootstrap interval over the queries.
+
+    Args:
+        found: labels of each query's neighbours, nearest first, (Q, k or more).
+        query_labels: (Q,).
+        labels: of the database, (N,).
+        per_query: more scores (Q,) by name, such as ``mean_average_precision=average_precision(...)``.
+    """
+    if check_int("k", k) > found.shape[1]:
+        raise ValueError(f"k: got {k}, expected at most the {found.shape[1]} neighbours that were found")
+    found = found[:, :k]
+    per_query["precision_at_k"] = precision_at_k(found, query_labels)
+    per_query["recall_at_k"] = recall_at_k(found, query_labels, labels)
+    per_query["knn_accuracy"] = knn_accuracy(found, query_labels)
+    intervals = {name: bootstrap_interval(values, seed=seed) for name, values in per_query.items()}
+    return {name: {"mean": per_query[name].mean().item(), "low": low, "high": high} for name, (low, high) in intervals.items()}
+
+
+def fingerprint(model: VAE) -> str:
+    """SHA-256 of the model's config and weights."""
+    digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@dataclass(repr=False)
+class LatentIndex:
+    """Images by their posteriors, to be searched by content; made by `build` or `load`.
+
+    Attributes:
+        model: the model that encodes images and queries.
+        codes: mean and log_var of the posteriors, each (N, L); memory-mapped after `load`.
+        labels: int64 (N,), -1 where an image has none.
+        classes: the name of each label.
+        names: the file of each image, or ().
+        source: where the images come from, such as {"data": "mnist", "split": "train"}.
+        method: ``"exact"``, or FAISS's ``"hnsw"`` or ``"ivf_pq"``: approximate, Euclidean only.
+        model_hash: the `fingerprint` of the model when its first image was encoded.
+    """
+
+    model: VAE
+    codes: Posterior
+    labels: Tensor
+    classes: tuple[str, ...]
+    names: tuple[str, ...]
+    source: dict[str, str]
+    method: str
+    model_hash: str
+    structure: Any = None  # FAISS's
+
+    @classmethod
+    def build(
+        cls, model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, method: str = "exact", names: Sequence[str] = (),
+        source: dict[str, str] | None = None,
+    ) -> LatentIndex:  # fmt: skip
+        """Index images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), encoded in chunks to posteriors; nothing is sampled.
+
+        `names` may hold one file name for each image. HNSW built by several threads may differ a little from build to build.
+        """
+        check_choice("method", method, METHODS)
+        codes = Posterior(torch.empty(0, model.latent_dim), torch.empty(0, model.latent_dim))
+        index = cls(model, codes, torch.empty(0, dtype=torch.int64), (), (), source or {}, method, fingerprint(model))
+        index.add(images, names, batch_size)
+        return index
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"LatentIndex({len(self)} images, {self.model.latent_dim} latents, {self.method!r})"
+
+    def label(self, i: int) -> str | None:
+        """The class of image i; None where it has none."""
+        return self.classes[self.labels[i]] if self.labels[i] >= 0 else None
+
+    def to(self, device: torch.device | str) -> LatentIndex:
+        """The same index; its model encodes and an exact search runs on `device`."""
+        self.model.to(device)
+        self.codes = Posterior(*(part.to(device) for part in self.codes))
+        return self
+
+    def add(self, images: ImageSet | Tensor, names: Sequence[str] = (), batch_size: int = 1000) -> None:
+        """Index more images; they get the next indices.
+
+        Raises:
+            ValueError: For images of another shape or other classes, a model trained since, or names for only some images.
+        """
+        new = self._encode(images, batch_size)
+        count = len(new.mean)
+        classes = images.classes if isinstance(images, ImageSet) else ()
+        labels = images.labels.cpu() if isinstance(images, ImageSet) else torch.full((count,), -1)
+        if self.classes and classes and self.classes != classes:
+            raise ValueError(f"images: got the classes {describe(classes)}, expected those of the index, {describe(self.classes)}")
+        if len(names) not in ({0, count} if len(self) == 0 else {count if self.names else 0}):
+            raise ValueError(f"names: got {len(names)} for {count} images, expected one for each image of the index, or none at all")
+        if self.method != "exact":
+            self.structure = extended(self.structure, self.method, new.mean)
+        device = self.codes.mean.device
+        self.codes = Posterior(*(torch.cat([old, part.to(device)]) for old, part in zip(self.codes, new, strict=True)))
+        self.labels, self.names = torch.cat([self.labels, labels]), (*self.names, *names)
+        self.classes = self.classes or classes
+
+    def search(
+        self, queries: ImageSet | Tensor | Posterior, k: int = 10, distance: str = "euclidean", effort: int = 64
+    ) -> Neighbours:
+        """The k nearest images of each query, nearest first; indices count in the order of indexing.
+
+        Args:
+            queries: images (``uint8`` pixels (Q, C, H, W) or an `ImageSet`), posteriors, or means (Q, L).
+            k: neighbours per query.
+            distance: see `distance_between`; the FAISS methods know ``"euclidean"`` only.
+            effort: of the FAISS methods: efSearch of HNSW, nprobe of IVF-PQ, whose best 10 k codes are ranked by their true distance.
+
+        Raises:
+            ValueError: For images of another shape, an unknown distance, or k above the size of the index.
+        """
+        if not isinstance(queries, tuple) and not (isinstance(queries, Tensor) and queries.dim() == 2):
+            queries = self._encode(queries)
+        if check_int("k", k) > len(self):
+            raise ValueError(f"k: got {k}, expected at most the {len(self)} images of the index")
+        if self.method == "exact":
+            return nearest_neighbours(queries, self.codes if distance in STATISTICAL else self.codes.mean, k, distance)
+        if check_choice("distance", distance, DISTANCES) != "euclidean":
+            raise ValueError(f"distance: got {distance!r}, expected 'euclidean' with the method {self.method!r}")
+        q, x = check_pair(queries, self.codes.mean, distance)
+        wanted = min(k if self.method == "hnsw" else 10 * k, len(self))
+        if self.method == "hnsw":
+            self.structure.hnsw.efSearch = max(check_int("effort", effort), k)
+        else:
+            self.structure.nprobe = min(check_int("effort", effort), self.structure.nlist)
+        columns = torch.from_numpy(self.structure.search(q.mean.float().cpu().numpy(), wanted)[1]).sort(1).values
+        lacking = columns[:, 0] < 0  # FAISS came upon fewer codes than were wanted
+        distances = exact_distances(q, x, columns.clamp(min=0), distance)
+        order = distances.argsort(dim=1, stable=True)[:, :k]
+        found = Neighbours(columns.gather(1, order), distances.gather(1, order))
+        if lacking.any():
+            for part, exact in zip(found, nearest_neighbours(q.mean[lacking.to(x.mean.device)], x.mean, k), strict=True):
+                part[lacking] = exact
+        return found
+
+    def save(self, path: str | Path) -> None:
+        """Write the index with its model to one safetensors file, whole or not at all.
+
+        Raises:
+            ValueError: If the file cannot be written, or the model was not built by a function of vaelib.
+        """
+        self._check_model()
+        if self.model.config is None or signature(self.model) != signature(build(self.model.config)):
+            raise ValueError("model: got a VAE that its config does not build again, expected one built by a function of vaelib")
+        about = {name: getattr(self, name) for name in ("classes", "source", "method", "model_hash")}
+        about |= {"version": VERSION, "config": self.model.config}
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {"mean": self.codes.mean, "log_var": self.codes.log_var, "labels": self.labels}
+        tensors["names"] = torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
+        if self.structure is not None:
+            tensors["structure"] = torch.from_numpy(faiss().serialize_index(self.structure))
+        path = Path(path)
+        partial = writable_folder("path", path.parent) / f".{path.name}.partial"
+        try:
+            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, {"index": json.dumps(about)})
+            os.replace(partial, path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"path: got {path}, expected a file that can be written ({error})") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path, model: VAE | None = None) -> LatentIndex:
+        """The index that `save` wrote, with `model` or, by default, the one in the file; no code from the file is run.
+
+        The codes are memory-mapped: a search reads them block by block, and they may be larger than the memory.
+
+        Raises:
+            ValueError: If the file is broken, no index or of another version, or was made with another model.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["index"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about["version"] != VERSION:
+                raise ValueError(f"it is of version {about['version']}, this vaelib reads {VERSION}")
+            if model is None:
+                model = build(about["config"]).eval()
+                weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+                model.load_state_dict(weights, assign=True)
+            codes, labels = Posterior(tensors["mean"], tensors["log_var"]), tensors["labels"]
+            if {tuple(part.shape) for part in codes} != {(len(labels), model.latent_dim)}:
+                raise ValueError("its parts are of different sizes")
+            names = tuple(json.loads(bytes(tensors["names"].numpy())))
+            classes, method = tuple(about["classes"]), check_choice("method", about["method"], METHODS)
+            structure = None if method == "exact" else faiss().deserialize_index(tensors["structure"].numpy())
+            index = cls(model, codes, labels, classes, names, about["source"], method, about["model_hash"], structure)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"path: got {path}, expected an index written by LatentIndex.save ({reason})") from error
+        index._check_model()
+        return index
+
+    def _encode(self, images: ImageSet | Tensor, batch_size: int = 1000) -> Posterior:
+        self._check_model()
+        return posteriors(self.model, images, batch_size)
+
+    def _check_model(self) -> None:
+        if fingerprint(self.model) != self.model_hash:
+            raise ValueError("model: got another config or other weights, expected the model that the index was built with")
+
+
+def faiss() -> Any:
+    """The module; a ValueError that says how to get it where it is missing."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError("method: got one of FAISS, which is not installed; pip install faiss-cpu, or use 'exact'") from error
+    return faiss
+
+
+def extended(structure: Any, method: str, mean: Tensor) -> Any:
+    """FAISS's structure with the codes (N, L) added; a new one, trained on them, where there is none.
+
+    HNSW: 32 links, efConstruction 100 (Malkov and Yashunin 2020). IVF-PQ: 4 sqrt(N) lists, one byte for four latents or more
+    (Jegou, Douze and Schmid 2011).
+    """
+    count, width = mean.shape
+    if structure is None and method == "hnsw":
+        structure = faiss().IndexHNSWFlat(width, 32)
+        structure.hnsw.efConstruction = 100
+    elif structure is None:
+        if count < 256:
+            raise ValueError(f"images: got {count}, expected at least 256 to train the method 'ivf_pq' on")
+        pieces = max(m for m in range(1, max(2, width // 4 + 1)) if width % m == 0)
+        structure = faiss().index_factory(width, f"IVF{min(4 * math.isqrt(count), count // 40 + 1)},PQ{pieces}x8")
+        structure.cp.min_points_per_centroid = structure.pq.cp.min_points_per_centroid = 1  # else it prints advice
+        structure.pq.cp.niter, structure.pq.cp.max_points_per_centroid = 10, 64  # a tenth of the usual time
+        structure.train(mean.numpy())
+    structure.add(mean.numpy())
+    return structure
