@@ -27,8 +27,8 @@ STATISTICAL = DISTANCES[2:]  # between posteriors; the others are between their 
 METHODS = ("exact", "hnsw", "ivf_pq")
 VERSION = 1  # of the index file
 SPARE = 8  # candidates beyond k whose distance is computed exactly
-GROUP = 16  # scores per group; only the groups with the lowest minima are looked into
-SCORES = 2**23  # scores in memory at once
+GROUP = 32  # scores per group; only the groups with the lowest minima are looked into
+SCORES = 2**21  # scores in memory at once
 
 
 class Neighbours(NamedTuple):
