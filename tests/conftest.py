@@ -1,6 +1,7 @@
 """Shared pieces of the tests: one torch thread, small models, and the switch for the real data sets."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -64,3 +65,21 @@ def vaelib_command():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A headless Chromium that asks nobody, or a skip where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pages are driven through playwright: pip install playwright")
+    names = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("there is no Chromium or Chrome to drive pages in")
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync"
+    )
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=found, args=flags.split())
+        yield browser
+        browser.close()

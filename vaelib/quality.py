@@ -77,7 +77,7 @@ def check_features(**sets: Tensor) -> list[Tensor]:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Frechet distance of the Gaussians with the means and covariances of two sets of features, (N, D) and (M, D).
 
-    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); Heusel et al. 2017, eq. frechet-distance. On Inception's features this is the
+    ``|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))``; Heusel et al. 2017, eq. frechet-distance. On Inception's features this is the
     FID. The trace of the root is the sum of the singular values of C_a^(1/2) C_b^(1/2), so that singular covariances need no
     regularization. The estimate is biased upwards, the more the smaller the sets: take the same number of images throughout, and many
     more than D.
