@@ -50,7 +50,7 @@ def test_sample_writes_a_sheet_of_images(run_folder, vaelib_command, tmp_path):
     done = vaelib_command("sample", run_folder, "--out", tmp_path / "new" / "samples.png", "--num-images", 9)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "new" / "samples.png") as sheet:
-        assert sheet.size == (3 * 29 - 1, 3 * 29 - 1)
+        assert sheet.size == (3 * 85 - 1, 3 * 85 - 1)  # each image of 28 pixels enlarged three times: at least 64
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.png"]
 
 
@@ -66,10 +66,11 @@ def test_sample_draws_a_grid_from_a_prior_fitted_to_the_training_images(run_fold
     }  # fmt: skip
     model = vaelib.load(run_folder)
     prior = fit_mixture(model, vaelib.load_images("digits"), seed=3)
-    expected = tile(vaelib.generate(model, 10, 0.7, 3, prior), columns=5).astype(int)
+    large = vaelib.generate(model, 10, 0.7, 3, prior).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    expected = tile(large, columns=5).astype(int)
     with Image.open(tmp_path / "a.png") as sheet:
         found = np.asarray(sheet).astype(int)
-    assert found.shape == (2 * 29 - 1, 5 * 29 - 1)
+    assert found.shape == (2 * 85 - 1, 5 * 85 - 1)
     assert abs(found - expected).max() <= 1  # another process, another number of threads
 
 
@@ -83,10 +84,14 @@ def test_sample_walks_between_two_image_files(run_folder, vaelib_command, tmp_pa
     assert json.loads(done.stdout)["num_images"] == 6
     expected = vaelib.interpolate(vaelib.load(run_folder), digits[0], digits[1], 6, kind="spherical")
     with Image.open(tmp_path / "way.png") as sheet:
-        assert sheet.size == (6 * 29 - 1, 28)
+        assert sheet.size == (6 * 85 - 1, 84)
         for step, image in enumerate(expected):
-            found = np.asarray(sheet)[:, 29 * step : 29 * step + 28].astype(int)
+            found = np.asarray(sheet)[::3, 85 * step : 85 * step + 84 : 3].astype(int)
             assert abs(found - image[0].numpy().astype(int)).max() <= 1
+    before = (tmp_path / "b.png").read_bytes()
+    done = vaelib_command("sample", run_folder, "--out", tmp_path / "b.png", *ends)
+    assert "b.png, which is an input, expected another file" in done.stderr
+    assert (tmp_path / "b.png").read_bytes() == before
 
 
 def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
@@ -128,7 +133,10 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     (("sample", "{run}", "--num-images", "-3"), "num_images: got int -3"),
     (("sample", "{run}", "--prior", "mixtur"), "prior: got 'mixtur', expected one of 'mixture', 'second-stage', 'standard'; did"),
     (("sample", "{run}", "--prior", "mixture", "--data", "shapes"), "pixels: got images of shape (3, 32, 32), expected (1, 28, 28)"),
-    (("sample", "{run}", "--label", "3"), "label: got 3, expected it for a conditional model"),
+    (("sample", "{run}", "--label", "3"), "label: got 3, expected it for a conditional model only"),
+    (("sample", "{run}", "--label", "-1"), "label: got -1, expected it for a conditional model only"),
+    (("sample", "{run}", "--data", "digits"), "data: got 'digits', expected it beside --prior only"),
+    (("sample", "{run}", "--kind", "spherical"), "kind: got 'spherical', expected it beside --interpolate only"),
     (("sample", "{run}", "--kind", "round"), "kind: got 'round', expected one of 'linear', 'spherical'"),
     (("sample", "{run}", "--seed", "-1"), "seed: got int -1"),
     (("sample", "{run}", "--out", "{tmp}/new/samples.txt"), "expected the name of an image file"),

@@ -324,6 +324,20 @@ def test_images_with_labels_that_the_model_does_not_know_are_not_trained_on(digi
     assert torch.equal(weights(model), before)
 
 
+def test_a_model_bound_to_labels_is_not_trained(model, digits):
+    before = weights(model)
+    for labels in (3, digits.labels[:100]):
+        with pytest.raises(ValueError, match="^model: got a conditional VAE bound to labels, expected the model itself; fit hands it"):
+            fit(model.given(labels), digits[:100], config=TrainConfig(epochs=1, batch_size=100, **QUIET))
+    assert torch.equal(weights(model), before)
+
+
+def test_a_model_that_needs_labels_is_not_indexed(model, digits):
+    with pytest.raises(ValueError, match="^model: got a conditional VAE, expected one that encodes without labels"):
+        vaelib.LatentIndex.build(model, digits[:10])
+    assert len(vaelib.LatentIndex.build(model.given(3), digits[:10])) == 10
+
+
 def test_a_run_that_was_cut_off_resumes_to_the_same_bits_but_not_with_other_labels(digits, tmp_path, monkeypatch):
     images, valid = train_valid_split(digits[:500], 100)
     config = TrainConfig(epochs=3, batch_size=32, ema_decay=0.99, flip=True, checkpoint_minutes=0.0, **QUIET)
@@ -417,9 +431,15 @@ def test_the_command_line_trains_and_evaluates_it(vaelib_command, tmp_path, test
     done = vaelib_command("sample", tmp_path, "--out", tmp_path / "threes.png", "--grid", "1x4", "--label", 3)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "threes.png") as sheet:
-        expected = tile(vaelib.generate(model.given(3), 4, seed=0), columns=4)
+        large = vaelib.generate(model.given(3), 4, seed=0).repeat_interleave(3, 2).repeat_interleave(3, 3)  # 28 to 64 or more
+        expected = tile(large, columns=4)
         assert torch.equal(torch.from_numpy(np.array(sheet)), torch.from_numpy(expected))
-    for label, message in ((), "expected model.given(labels)"), (("--label", 10), "labels: got 10, expected labels from 0 to 9"):
+    for label, message in (
+        ((), "label: got none, expected a class from 0 to 9: the model is conditional"),
+        (("--label", 10), "labels: got 10, expected labels from 0 to 9"),
+        (("--label", -2), "labels: got -2, expected labels from 0 to 9"),
+        (("--label", 3, "--prior", "mixture"), "prior: got 'mixture' beside --label, expected 'standard'"),
+    ):
         done = vaelib_command("sample", tmp_path, "--out", tmp_path / "none.png", *label)
         assert done.returncode == 2
         assert message in done.stderr

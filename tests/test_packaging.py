@@ -72,7 +72,7 @@ def imports_of(module):
 ORDER = [
     *("_validation", "data", "likelihoods", "objectives", "noise", "networks", "vae", "hierarchical", "conditional", "storage"),
     *("checkpoints", "distributed", "training", "evaluation", "generation", "priors", "retrieval", "quality"),
-    *("oracles", "ledger", "plotting", "widgets", "cli"),
+    *("oracles", "checks", "ledger", "plotting", "widgets", "cli"),
 ]
 
 

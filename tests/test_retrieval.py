@@ -190,6 +190,18 @@ def test_adding_images_is_building_with_all_of_them(index, model, digits):
     assert torch.equal(grown.labels, digits.labels)
     torch.testing.assert_close(grown.codes.mean, index.codes.mean, rtol=1e-5, atol=1e-6)
     assert grown.label(0) == digits.classes[digits.labels[0]]
+    for i in (-1, 1500):
+        with pytest.raises(ValueError, match=f"i: got int {i}, expected the index of one of the 1500 images"):
+            grown.label(i)
+
+
+def test_an_index_says_where_its_images_are_only_while_that_holds(model, digits):
+    source = {"data": "digits", "split": "train"}
+    index = LatentIndex.build(model, digits[:20], source=source)
+    assert index.source == source
+    index.add(vaelib.load_images("digits", "test"))
+    assert index.source == {}
+    assert source == {"data": "digits", "split": "train"}
 
 
 @pytest.mark.parametrize("build", [
@@ -260,6 +272,10 @@ def test_broken_and_foreign_files_are_refused(index, tmp_path):
             LatentIndex.load(tmp_path / name)
     with pytest.raises(ValueError, match="it is of version 2, this vaelib reads 1"):
         LatentIndex.load(tmp_path / "version")
+    with pytest.raises(ValueError, match="it has no index in it"):
+        LatentIndex.load(tmp_path / "foreign")
+    with pytest.raises(ValueError, match="it is a folder"):
+        LatentIndex.load(tmp_path)
     with pytest.raises(ValueError, match="model: got another config or other weights"):
         LatentIndex.load(tmp_path / "weights")
 
@@ -462,7 +478,37 @@ def test_a_folder_gives_its_images_by_name_and_skips_what_is_none(pictures):
         assert folder.pixels.shape == (3, channels, 8, 8)
         assert folder.pixels.dtype == torch.uint8
         assert folder.names == ("b.png", "c.gif", "deep/a.jpg")
-        assert folder.skipped == ("broken.png", "notes.txt")
+        assert list(folder.skipped) == ["broken.png", "notes.txt"]
+        assert folder.skipped["notes.txt"] == "cannot identify image file"
+
+
+def test_hidden_files_and_folders_are_left_out_silently(pictures):
+    before = load_folder(pictures, (1, 8, 8))
+    (pictures / ".thumbnails").mkdir()
+    for name in (".b.png", ".thumbnails/b.png"):
+        (pictures / name).write_bytes((pictures / "b.png").read_bytes())
+    (pictures / ".notes").write_text("no image")
+    after = load_folder(pictures, (1, 8, 8))
+    assert (after.names, after.skipped) == (before.names, before.skipped)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_what_is_transparent_in_a_file_is_white(mode, tmp_path):
+    image, options = Image.new("RGBA", (8, 8), (0, 0, 0, 0)), {}  # black beneath
+    image.paste((0, 0, 0, 255), (0, 0, 8, 4))
+    if mode in ("P", "L"):
+        image, options = Image.new(mode, (8, 8), 1), {"transparency": 1}
+        image.paste(0, (0, 0, 8, 4))
+        if mode == "P":
+            image.putpalette([0, 0, 0] * 2)
+    image.convert(mode).save(tmp_path / "a.png", **options)
+    for channels in (1, 3):
+        pixels = read_image(tmp_path / "a.png", (channels, 8, 8))
+        assert (pixels[:, :4] == 0).all()
+        assert (pixels[:, 4:] == 255).all()
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 51))
+    image.save(tmp_path / "half.png")
+    assert (read_image(tmp_path / "half.png", (1, 8, 8)) == 204).all()  # a fifth of black over white
 
 
 def test_an_image_of_the_model_s_size_comes_as_it_is_stored(tmp_path, digits):
@@ -498,7 +544,8 @@ def test_folders_and_files_without_an_image_are_refused(pictures, tmp_path):
     for call, message in [
         (lambda: load_folder(tmp_path / "empty", (1, 8, 8)), "empty, expected a folder with an image that can be read; 0 cannot"),
         (lambda: load_folder(tmp_path / "texts", (1, 8, 8)), "1 cannot .*cannot identify image file"),
-        (lambda: load_folder(tmp_path / "nowhere", (1, 8, 8)), "expected a folder with an image"),
+        (lambda: load_folder(tmp_path / "nowhere", (1, 8, 8)), "nowhere, expected a folder; there is none"),
+        (lambda: load_folder(pictures / "notes.txt", (1, 8, 8)), "notes.txt, expected a folder; it is a file"),
         (lambda: load_folder(pictures, (2, 8, 8)), "image_shape: got 2 channels"),
         (lambda: load_folder(pictures, (1, 0, 8)), "image_shape"),
         (lambda: read_image(pictures / "notes.txt", (1, 8, 8)), "expected an image file"),
@@ -549,14 +596,15 @@ def test_the_command_finds_what_the_library_finds_without_the_run_folder(indexed
     assert [row["distance"] for row in rows] == pytest.approx(expected.distances[0].tolist(), abs=1e-4)
     assert [row["label"] for row in rows] == [digits.classes[digits.labels[i]] for i in expected.indices[0]]
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (4 * 29 - 1, 28)
+        assert sheet.size == (4 * 85 - 1, 84)  # each image of 28 pixels enlarged three times: at least 64
         picture = torch.from_numpy(np.array(sheet))
     for place, i in enumerate([7, *expected.indices[0].tolist()]):
-        assert torch.equal(picture[:, place * 29 : place * 29 + 28], digits.pixels[i, 0])
+        large = digits.pixels[i, 0].repeat_interleave(3, 0).repeat_interleave(3, 1)
+        assert torch.equal(picture[:, place * 85 : place * 85 + 84], large)
     table = command("search", "digits.index", "query.png", "-k", 3, "--query-index", 5, "--device", "cpu")
     assert len(table.stdout.splitlines()) == 8
     with Image.open(tmp_path / "neighbours.png") as sheet:
-        assert sheet.size == (4 * 29 - 1, 2 * 29 - 1)
+        assert sheet.size == (4 * 85 - 1, 2 * 85 - 1)
     assert "digits test 5" in table.stdout
 
 
@@ -568,14 +616,95 @@ def test_a_folder_of_files_is_indexed_and_searched_by_name(indexed, digits, comm
     done = command("index", indexed / "run", "--folder", "files", "--out", "a.index", "--device", "cpu", "--json")
     assert done.status == 0, done.stderr
     assert (json.loads(done.stdout)["images"], json.loads(done.stdout)["skipped"]) == (12, 1)
+    assert json.loads(done.stdout)["skipped_files"] == ["broken.png"]
+    assert done.stderr == "vaelib: skipped 1 file: broken.png (cannot identify image file)\n"
     options = ("--distance", "symmetric_kl", "-k", 1, "--device", "cpu", "--json", "--out", "sheet.png")
     done = command("search", "a.index", "files", *options)
     assert done.status == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["skipped"] == 1
+    assert (result["skipped"], result["skipped_files"]) == (1, ["files/broken.png"])
     assert [row["file"] for row in result["neighbours"]] == [f"{i:02}.png" for i in range(12)]
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (2 * 29 - 1, 12 * 29 - 1)
+        assert sheet.size == (2 * 85 - 1, 12 * 85 - 1)
+    for name in ("x.txt", "y.txt", "z.txt"):
+        (tmp_path / "files" / name).write_text("no image")
+    done = command("search", "a.index", "files", *options)
+    assert len(json.loads(done.stdout)["skipped_files"]) == 4
+    reason = "(cannot identify image file)"
+    assert done.stderr == f"vaelib: skipped 4 files: files/broken.png {reason}, files/x.txt {reason}, files/y.txt {reason}, ...\n"
+
+
+@pytest.fixture
+def few(model, digits, tmp_path):
+    """Five digits as files in the folder "files", and an index of them."""
+    (tmp_path / "files").mkdir()
+    for i in range(5):
+        Image.fromarray(digits.pixels[i, 0].numpy()).save(tmp_path / "files" / f"{i}.png")
+    index = LatentIndex.build(model, *load_folder(tmp_path / "files", (1, 28, 28))[:1], names=[f"{i}.png" for i in range(5)])
+    index.source = {"folder": str(tmp_path / "files")}
+    return index
+
+
+def test_a_small_index_gives_all_its_images_where_no_number_is_asked_for(few, command):
+    few.save("few.index")
+    result = json.loads(command("search", "few.index", "files/0.png", "--device", "cpu", "--json").stdout)
+    assert result["k"] == len(result["neighbours"]) == 5
+    assert "k: got 6, expected at most the 5 images" in command("search", "few.index", "files/0.png", "-k", 6).stderr
+
+
+def test_a_search_answers_also_where_no_picture_can_be_made(few, command, digits, tmp_path):
+    known = {"data": "digits", "split": "train"}  # 1500 images, not 5
+    Image.fromarray(digits.pixels[0, 0].numpy()).save("query.png")
+    for source in ({}, known, {"folder": str(tmp_path / "moved")}, {"data": "lost", "split": "train"}):
+        few.source = source
+        few.save("few.index")
+        done = command("search", "few.index", "query.png", "--device", "cpu", "--json")
+        assert done.status == 0
+        assert json.loads(done.stdout)["out"] is None
+        assert json.loads(done.stdout)["neighbours"][0]["index"] == 0
+        assert done.stderr.startswith("vaelib: no picture is made: ")
+        assert len(done.stderr.splitlines()) == 1
+        table = command("search", "few.index", "query.png", "--device", "cpu").stdout
+        assert len(table.splitlines()) == 6
+        assert "picture" not in table
+    assert not (tmp_path / "neighbours.png").exists()
+
+
+def test_an_index_that_grew_after_its_source_was_named_can_be_searched(model, digits, command):
+    index = LatentIndex.build(model, digits, source={"data": "digits", "split": "train"})
+    test = vaelib.load_images("digits", "test")
+    index.add(test)
+    index.save("grown.index")
+    Image.fromarray(test.pixels[3, 0].numpy()).save("query.png")
+    done = command("search", "grown.index", "query.png", "-k", 1, "--device", "cpu", "--json")
+    assert done.status == 0
+    assert json.loads(done.stdout)["neighbours"][0]["index"] == 1503
+
+
+def test_a_missing_file_is_white_in_the_picture(few, command, tmp_path, digits):
+    few.save("few.index")
+    (tmp_path / "files" / "0.png").rename(tmp_path / "query.png")
+    done = command("search", "few.index", "query.png", "-k", 2, "--device", "cpu", "--out", "sheet.png")
+    assert done.status == 0
+    assert done.stderr == "vaelib: white in the picture: 1 file that cannot be read\n"
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        picture = np.array(sheet)
+    assert (picture[::3, :84:3] == digits.pixels[0, 0].numpy()).all()
+    assert (picture[:, 85:169] == 255).all()
+    assert (picture[:, 170:] < 128).any()
+
+
+def test_no_picture_is_written_over_an_input(few, command, tmp_path):
+    few.save("few.png")  # an index may be called anything
+    (tmp_path / "query.png").write_bytes((tmp_path / "files" / "0.png").read_bytes())
+    (tmp_path / "link.png").symlink_to("query.png")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.png")}
+    for query, out in [("query.png", "query.png"), ("query.png", "files/../query.png"), ("query.png", "link.png"),
+                       ("query.png", "few.png"), ("query.png", "files/3.png"), ("files", "files/0.png")]:  # fmt: skip
+        done = command("search", "few.png", query, "-k", 2, "--out", out, "--device", "cpu")
+        assert done.status == 2
+        assert "which is an input, expected another file" in done.stderr
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.png")} == before
 
 
 def test_an_index_is_replaced_only_when_asked(indexed, command, tmp_path):
@@ -583,6 +712,10 @@ def test_an_index_is_replaced_only_when_asked(indexed, command, tmp_path):
     assert command(*arguments, "--split", "test").status == 0
     before = (tmp_path / "a.index").read_bytes()
     assert "already exists" in command(*arguments).stderr
+    for precious in (b"precious", (indexed / "run" / "model.safetensors").read_bytes()):
+        (tmp_path / "file").write_bytes(precious)
+        assert "file is no index, expected a new file" in command(*arguments, "--out", "file", "--overwrite").stderr
+        assert (tmp_path / "file").read_bytes() == precious
     assert (tmp_path / "a.index").read_bytes() == before
     assert command(*arguments, "--overwrite").status == 0
     assert len(LatentIndex.load(tmp_path / "a.index")) == 1500
@@ -594,6 +727,10 @@ def test_an_index_is_replaced_only_when_asked(indexed, command, tmp_path):
     (("index", "{run}", "--data", "digits", "--out", "{tmp}/new.index", "--method", "lsh"), "method: got 'lsh'"),
     (("index", "{run}", "--data", "shapes", "--out", "{tmp}/new.index"), "got images of shape (3, 32, 32), expected (1, 28, 28)"),
     (("index", "{run}", "--folder", "{tmp}", "--out", "{tmp}/new.index"), "expected a folder with an image that can be read"),
+    (("index", "{run}", "--folder", "{tmp}", "--split", "test", "--out", "{tmp}/new.index"), "folder: got it beside --split"),
+    (("index", "{run}", "--folder", "{tmp}/file", "--out", "{tmp}/new.index"), "file, expected a folder; it is a file"),
+    (("search", "{run}", "{tmp}/file"), "(it is a folder)"),
+    (("search", "{run}/model.safetensors", "{tmp}/file"), "(it has no index in it)"),
     (("search", "{index}", "{tmp}/file"), "expected an image file"),
     (("search", "{index}"), "queries: got none"),
     (("search", "{index}", "--query-index", "297"), "query_index: got 297, expected less than the 297 test images"),

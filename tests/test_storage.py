@@ -49,6 +49,20 @@ def test_saving_again_replaces_the_model(saved):
     assert sorted(os.listdir(saved)) == FILES
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files elsewhere have no umask")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_who_may_read_a_saved_file_follows_the_umask(mask, small_vae, digits, tmp_path):
+    before = os.umask(mask)
+    try:
+        save(small_vae, tmp_path)
+        vaelib.LatentIndex.build(small_vae, digits[:5]).save(tmp_path / "a.index")
+    finally:
+        os.umask(before)
+    assert {name: (tmp_path / name).stat().st_mode & 0o777 for name in [*FILES, "a.index"]} == dict.fromkeys(
+        [*FILES, "a.index"], 0o666 & ~mask
+    )
+
+
 def test_loading_runs_no_code_from_the_files(saved):
     class Bomb:
         def __reduce__(self):

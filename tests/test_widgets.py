@@ -4,7 +4,6 @@ import base64
 import io
 import math
 import re
-import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,11 +17,6 @@ import vaelib
 from vaelib import widgets
 from vaelib.generation import decode_pixels
 
-BROWSER = next(filter(None, map(shutil.which, ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"])), None)
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync"
-)
 ALT = "A figure of the tests: what it shows is said here."
 LEVELS = 4  # int8 weights: how far a pixel may be from the model's, of 255
 READ = "canvas => [...canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 === 0)"
@@ -70,19 +64,6 @@ def figures(plane, deep, digits, neighbours):
         "traversal": widgets.traversal_sliders(deep, digits.pixels[0], [3, 1, 4, 15, 9, 2], "caption", ALT),
         "retrieval": widgets.retrieval_browser(digits.pixels[:6], digits.pixels[6:300], neighbours, "caption", ALT, **labels),
     }
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="the figures are driven through playwright: pip install playwright"
-    )
-    if BROWSER is None:
-        pytest.skip("there is no Chromium or Chrome to drive the figures in")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=BROWSER, args=FLAGS.split())
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -344,6 +325,20 @@ def test_a_figure_is_one_sandboxed_page_of_at_most_400_kb_that_comes_out_the_sam
     again = widgets.interpolation_slider(deep, digits.pixels[:10], "caption", ALT)
     assert again.html == figures["interpolation"].html
     assert widgets.latent_explorer(plane, "caption", ALT) == figures["map"]
+
+
+def test_image_sets_and_what_a_search_found_give_the_figures_of_their_pixels_and_indices(figures, deep, digits, neighbours):
+    queries, gallery = digits[:6], digits[6:300]
+    labels = {"query_labels": queries.labels, "gallery_labels": gallery.labels, "classes": digits.classes}
+    found = {name: vaelib.Neighbours(indices, torch.zeros(6, 4)) for name, indices in neighbours.items()}
+    assert widgets.retrieval_browser(queries, gallery, found, "caption", ALT, **labels) == figures["retrieval"]
+    assert widgets.interpolation_slider(deep, digits[:10], "caption", ALT) == figures["interpolation"]
+    assert widgets.traversal_sliders(deep, digits[:1], [3, 1, 4, 15, 9, 2], "caption", ALT) == figures["traversal"]
+
+
+def test_a_figure_is_described_in_a_line(figures):
+    for widget in figures.values():
+        assert repr(widget) == f"Widget({ALT!r}, {len(widget.html.encode()) // 1000} KB)"
 
 
 def test_a_notebook_gets_the_frame_a_still_picture_and_words(figures):

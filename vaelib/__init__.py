@@ -1,7 +1,7 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
 The modules follow the book: `data`, `likelihoods`, `objectives`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
-`evaluation`, `generation`, `priors`, `quality`, `retrieval`, `plotting`, `widgets`, `cli`.
+`evaluation`, `generation`, `priors`, `retrieval`, `quality`, `checks`, `plotting`, `widgets`, `cli`.
 """
 
 import importlib
@@ -43,7 +43,7 @@ __all__ = [
     "VAE", "Bernoulli", "ConditionalVAE", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic",
     "DiscretizedLogisticMixture", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE", "History",
     "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior", "TrainConfig",
-    "active_units", "beta_elbo", "bits_per_dim", "conditional_vae", "conv_vae", "evaluate", "fit", "free_bits_kl",
+    "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae", "conv_vae", "evaluate", "fit", "free_bits_kl",
     "gaussian_kl", "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
     "importance_weighted_bound", "interpolate", "kl_per_unit", "latent_grid", "load", "load_images", "log_likelihood", "loss",
     "minibatches", "mlp_vae", "nearest_neighbours", "plotting", "posterior_means", "priors", "quality", "rate_decomposition",
@@ -53,6 +53,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Modules that are imported when they are first used: matplotlib costs half a second."""
-    if name in ("plotting", "widgets", "priors", "quality", "oracles", "ledger", "cli"):
+    if name in ("plotting", "widgets", "priors", "quality", "checks", "oracles", "ledger", "cli"):
         return importlib.import_module(f"vaelib.{name}")
     raise AttributeError(f"module 'vaelib' has no attribute {name!r}")

@@ -26,7 +26,7 @@ from vaelib.generation import generate, interpolate
 from vaelib.ledger import entry
 from vaelib.likelihoods import LIKELIHOODS
 from vaelib.priors import fit_mixture, fit_second_stage
-from vaelib.retrieval import DISTANCES, METHODS, LatentIndex
+from vaelib.retrieval import DISTANCES, METHODS, LatentIndex, is_index
 from vaelib.storage import CONFIG, MODELS, WEIGHTS, load, save, writable_folder, write_text
 from vaelib.training import HISTORY, TrainConfig, choose_device, fit
 
@@ -252,8 +252,8 @@ def sample(
     prior: Annotated[str, typer.Option(help="standard, or fitted to the training images' codes: mixture, second-stage.")] = "standard",
     data: Annotated[str, typer.Option(help="What --prior is fitted to; by default the set the model was trained on.")] = "",
     ends: Annotated[tuple[str, str], typer.Option("--interpolate", help="Walk between two image files.")] = ("", ""),
-    kind: Annotated[str, typer.Option(help="Way of --interpolate: linear or spherical.")] = "linear",
-    label: Annotated[int, typer.Option(help="conditional: number of the class; -1 gives none.")] = -1,
+    kind: Annotated[str, typer.Option(help="Way of --interpolate: linear or spherical; default: linear.")] = "",
+    label: Annotated[int | None, typer.Option(help="conditional: number of the class.")] = None,
     seed: int = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -261,12 +261,17 @@ def sample(
     """Draw images from the prior, or the way between two images, into one picture."""
     check_picture(out)
     check_choice("prior", prior, PRIORS)
-    check_choice("kind", kind, ("linear", "spherical"))
+    check_choice("kind", kind or "linear", ("linear", "spherical"))
     check_number("temperature", temperature)
     check_int("num_images", num_images, minimum=0)
     between = ends != ("", "")
     if between and (prior != "standard" or temperature != 1):
         raise ValueError("interpolate: got it beside --prior or --temperature, expected one or the other: it draws nothing")
+    if kind and not between:
+        raise ValueError(f"kind: got {kind!r}, expected it beside --interpolate only")
+    if data and prior == "standard":
+        raise ValueError(f"data: got {data!r}, expected it beside --prior only: nothing is fitted to it")
+    check_not_input(out, *filter(None, ends))
     if grid and num_images:
         raise ValueError("grid: got it beside --num-images, expected one of the two")
     if grid and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
@@ -274,11 +279,16 @@ def sample(
     count = math.prod(map(int, grid.split("x"))) if grid else num_images or (10 if between else 64)
     columns = int(grid.split("x")[1]) if grid else count if between else math.ceil(math.sqrt(count))
     model = load(run).to(choose_device(device))
-    if label >= 0:
-        if not model.needs_labels or prior != "standard":
-            raise ValueError(f"label: got {label}, expected it for a conditional model and the standard prior")
+    if label is not None and not model.needs_labels:
+        raise ValueError(f"label: got {label}, expected it for a conditional model only")
+    if model.needs_labels:
+        if label is None:
+            raise ValueError(f"label: got none, expected a class from 0 to {model.num_classes - 1}: the model is conditional")
+        if prior != "standard":
+            raise ValueError(f"prior: got {prior!r} beside --label, expected 'standard': the others know no labels")
         model = model.given(label)
     if between:
+        kind = kind or "linear"
         pixels = interpolate(model, *(read_image(end, model.image_shape) for end in ends), count, seed, kind)
     else:
         fit_prior = PRIORS[prior]
@@ -294,38 +304,55 @@ def index_images(
     run: Folder,
     out: Annotated[Path, typer.Option(help="Index file to write.")] = Path("images.index"),
     data: Annotated[str, typer.Option(help="Image set; by default the one the model was trained on.")] = "",
-    split: Annotated[str, typer.Option(help="train or test.")] = "train",
+    split: Annotated[str, typer.Option(help="train or test; default: train.")] = "",
     folder: Annotated[str, typer.Option(help="Folder of image files, instead of --data.")] = "",
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}; all but the first are FAISS's and approximate.")] = "exact",
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
     as_json: Json = False,
 ) -> None:
     """Encode images to their posteriors and write an index of them, to be searched by content."""
-    if folder and data:
-        raise ValueError("folder: got it beside --data, expected one of the two")
-    if out.exists() and not (overwrite and out.is_file()):
-        raise ValueError(f"out: {out} already exists, expected a new file; --overwrite replaces an index")
+    if folder and (data or split):
+        raise ValueError(f"folder: got it beside {'--data' if data else '--split'}, expected one of the two")
+    if out.exists() and not (overwrite and is_index(out)):
+        found = "is no index" if overwrite else "already exists"
+        raise ValueError(f"out: {out} {found}, expected a new file; --overwrite replaces an index")
+    split = split or "train"
     check_choice("method", method, METHODS)
     model = load(run).to(choose_device(device))
-    images, names, skipped = load_folder(folder, model.image_shape) if folder else (load_images(data_of(run, data), split), (), ())
+    images, names, skipped = load_folder(folder, model.image_shape) if folder else (load_images(data_of(run, data), split), (), {})
+    warn_skipped(skipped)
     source = {"folder": str(Path(folder).resolve())} if folder else {"data": images.name, "split": split}
     index = LatentIndex.build(model, images, method=method, names=names, source=source)
     index.save(out)
     result = {"out": str(out), **source, "images": len(index), "skipped": len(skipped), "latents": model.latent_dim}
-    show(result | {"method": method, "bytes": out.stat().st_size}, as_json)
+    result |= {"method": method, "bytes": out.stat().st_size}
+    show(result | {"skipped_files": list(skipped)} if as_json else result, as_json)
 
 
-def query_images(index: LatentIndex, paths: list[Path], query_index: int | None) -> tuple[list[str], Any, int]:
-    """Names and pixels of the queries, and how many files of a folder were skipped."""
+def warn_skipped(skipped: dict[str, str]) -> None:
+    """A line on stderr that names the first three files that were skipped, with the reasons."""
+    if skipped:
+        first = ", ".join(f"{name} ({reason})" for name, reason in list(skipped.items())[:3])
+        print(f"vaelib: skipped {files(len(skipped))}: {first}{', ...' * (len(skipped) > 3)}", file=sys.stderr)
+
+
+def files(count: int) -> str:
+    """How many files, in words."""
+    return f"{count} file{'s' * (count != 1)}"
+
+
+def query_images(index: LatentIndex, paths: list[Path], query_index: int | None) -> tuple[list[str], Any, dict[str, str]]:
+    """Names and pixels of the queries, and the files of folders that were skipped, with the reasons."""
     import torch
 
-    names, pixels, skipped = [], [], 0
+    names, pixels, skipped = [], [], {}
     for path in paths:
         if path.is_dir():
             found = load_folder(path, index.model.image_shape)
             names += [str(path / name) for name in found.names]
-            pixels, skipped = [*pixels, *found.pixels], skipped + len(found.skipped)
+            pixels = [*pixels, *found.pixels]
+            skipped |= {str(path / name): reason for name, reason in found.skipped.items()}
         else:
             names, pixels = [*names, str(path)], [*pixels, read_image(path, index.model.image_shape)]
     if query_index is not None:
@@ -344,45 +371,83 @@ def query_images(index: LatentIndex, paths: list[Path], query_index: int | None)
 def search(
     index_file: Annotated[Path, typer.Argument(metavar="INDEX", help="File written by vaelib index.")],
     queries: Annotated[list[Path] | None, typer.Argument(help="Image files, or folders of them.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Neighbours per query.")] = 10,
+    k: Annotated[int | None, typer.Option("-k", help="Neighbours per query; default: 10, or all of a smaller index.")] = None,
     distance: Annotated[str, typer.Option(help=", ".join(DISTANCES))] = "euclidean",
     query_index: Annotated[int | None, typer.Option(help="Query with this image of the data set's test split.")] = None,
     out: Annotated[Path, typer.Option(help="Picture to write: each query, and its neighbours to its right.")] = Path("neighbours.png"),
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Find the images of an index that are most like the queries."""
+    """Find the images of an index that are most like the queries: a table, and a picture where the images are at hand."""
     import torch
 
     check_choice("distance", distance, DISTANCES)
     check_picture(out)
     index = LatentIndex.load(index_file).to(choose_device(device))
     names, pixels, skipped = query_images(index, queries or [], query_index)
+    of_index = [Path(index.source["folder"]) / name for name in index.names] if "folder" in index.source else []
+    check_not_input(out, index_file, *names, *skipped, *of_index)
+    warn_skipped(skipped)
+    k = min(10, len(index)) if k is None else k
     indices, distances = (part.tolist() for part in index.search(pixels, k, distance))
     rows = [
         {"query": name, "rank": rank, "index": i, "label": index.label(i), "file": index.names[i] if index.names else None, "distance": d}
         for name, *hits in zip(names, indices, distances, strict=True)
         for rank, (i, d) in enumerate(zip(*hits, strict=True), start=1)
     ]
-    match index.source:
-        case {"folder": folder}:
-            images = [[read_image(Path(folder) / index.names[i], index.model.image_shape) for i in row] for row in indices]
-        case {"data": data, "split": split}:
-            images = load_images(data, split).pixels[torch.tensor(indices)]  # (Q, k, C, H, W)
-        case _:
-            raise ValueError(f"index_file: {index_file} does not say where its images are, so no picture of them can be made")
-    sheet = [image for query, row in zip(pixels, images, strict=True) for image in (query, *row)]
-    write_sheet(torch.stack(sheet), k + 1, out)
+    try:
+        images = images_of(index, indices)
+    except ValueError as error:
+        images = None
+        print("vaelib: no picture is made:", " ".join(str(error).split()), file=sys.stderr)
+    if images is not None:
+        write_sheet(torch.cat([pixels[:, None], images], 1).flatten(0, 1), k + 1, out)
     if as_json:
-        show({"images": len(index), "k": k, "distance": distance, "skipped": skipped, "out": str(out), "neighbours": rows}, True)
+        result = {"images": len(index), "k": k, "distance": distance, "skipped": len(skipped), "skipped_files": list(skipped)}
+        show(result | {"out": None if images is None else str(out), "neighbours": rows}, True)
         return
     print(f"{'query':32} {'rank':>4} {'distance':>10}  {'label':12} image")
     for row in rows:
         image = row["file"] or row["index"]
         print(f"{row['query']:32} {row['rank']:4} {row['distance']:10.4f}  {row['label'] or '-':12} {image}")
-    if skipped:
-        print(f"{skipped} files were skipped: no images that can be read")
-    print(f"picture: {out}")
+    if images is not None:
+        print(f"picture: {out}")
+
+
+def images_of(index: LatentIndex, indices: list[list[int]]) -> Any:
+    """The images at `indices` (Q, k) by the index's source: pixels (Q, k, C, H, W); a file that cannot be read is white.
+
+    Raises:
+        ValueError: If the source is not known or not at hand, or has other images than the index.
+    """
+    import torch
+
+    shape = index.model.image_shape
+    match index.source:
+        case {"folder": folder} if index.names:
+            if not Path(folder).is_dir():
+                raise ValueError(f"there is no folder {folder}, where the images were")
+            found, lacking = {}, 0
+            for i in {i for row in indices for i in row}:
+                try:
+                    found[i] = read_image(Path(folder) / index.names[i], shape)
+                except ValueError:
+                    found[i], lacking = torch.full(shape, 255, dtype=torch.uint8), lacking + 1
+            if lacking:
+                print(f"vaelib: white in the picture: {files(lacking)} that cannot be read", file=sys.stderr)
+            return torch.stack([torch.stack([found[i] for i in row]) for row in indices])
+        case {"data": data, "split": split}:
+            images = load_images(data, split)
+            if (len(images), images.image_shape) != (len(index), shape):
+                raise ValueError(f"the {split} split of {data} is not what was indexed")
+            return images.pixels[torch.tensor(indices)]
+    raise ValueError("the index does not say where its images are")
+
+
+def check_not_input(out: Path, *inputs: str | Path) -> None:
+    """ValueError if `out` is the file of an input: it would be overwritten."""
+    if out.exists() and any(Path(path).exists() and out.samefile(path) for path in inputs):
+        raise ValueError(f"out: got {out}, which is an input, expected another file")
 
 
 def check_picture(out: Path) -> None:
@@ -394,11 +459,13 @@ def check_picture(out: Path) -> None:
 
 
 def write_sheet(pixels: Any, columns: int, out: Path) -> None:
-    """Write images (N, C, H, W) side by side to one picture, whole or not at all."""
+    """Write images (N, C, H, W) side by side to one picture, each side enlarged to 64 pixels or more, whole or not at all."""
     from PIL import Image
 
     from vaelib.plotting import tile
 
+    zoom = math.ceil(64 / min(pixels.shape[2:]))  # whole, so that each pixel stays a square
+    pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     writable_folder("out", out.parent)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         partial = Path(folder) / out.name

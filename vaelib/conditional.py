@@ -21,8 +21,9 @@ class ConditionalVAE(VAE):
     """p(x, z given y) = N(z; 0, I) p(x given z, y), with the amortized posterior q(z given x, y); y is the label of x.
 
     `given(labels)` is the VAE of p(x given y), so all that is written for a VAE holds for it: `generate(model.given(3), 64)`.
-    `fit`, `heldout_elbo` and the functions of `vaelib.evaluation` take the labels from their `ImageSet`; the bounds are then on
-    log p(x given y). Sohn, Lee and Yan 2015; Kingma et al. 2014 (semi-supervised learning), model M2 with every label observed.
+    `fit` takes the labels from its `ImageSet`; so do `heldout_elbo` and the functions of `vaelib.evaluation`, but only for a model
+    that is not bound: a bound one keeps its own. The bounds are then on log p(x given y).
+    Sohn, Lee and Yan 2015; Kingma et al. 2014 (semi-supervised learning), model M2 with every label observed.
 
     Args:
         encoder: module from x (N, C, H, W) and y (N, num_classes), one-hot, to (mean, log_var), each (N, L).

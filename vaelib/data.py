@@ -282,15 +282,17 @@ def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name
 
 
 class ImageFolder(NamedTuple):
-    """Images of a folder: `pixels` uint8 (N, C, H, W), their files' `names` within it, and the files that were `skipped`."""
+    """Images of a folder: `pixels` uint8 (N, C, H, W), their files' `names` within it, and the reason for each file `skipped`."""
 
     pixels: Tensor
     names: tuple[str, ...]
-    skipped: tuple[str, ...]
+    skipped: dict[str, str]
 
 
 def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     """An image file of any format that Pillow reads, as ``uint8`` (C, H, W): turned upright, resized, cropped to its centre.
+
+    What is transparent shows white behind it.
 
     Raises:
         ValueError: If the file is missing or no whole image, or if `image_shape` asks for other than 1 or 3 channels.
@@ -305,6 +307,9 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16"):  # Pillow would clip its 65536 levels at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
     except Exception as error:  # Pillow's readers raise errors of many kinds on a broken file
         raise ValueError(f"path: got {path}, expected an image file ({error})") from error
@@ -314,17 +319,23 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
 def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
     """All image files of a folder and its subfolders, sorted by name, see `read_image`; other and broken files are skipped.
 
+    Hidden files and folders (the name begins with a dot) are left out silently.
+
     Raises:
         ValueError: If `path` is no folder, or no image in it can be read.
     """
-    path, found, skipped, reason = Path(path), {}, [], "it has no files"
+    path, found, skipped, reason = Path(path), {}, {}, "it has no files"
+    if not path.is_dir():
+        raise ValueError(f"path: got {path}, expected a folder; {'it is a file' if path.exists() else 'there is none'}")
     for file in sorted(file for file in path.rglob("*") if file.is_file()):
         name = file.relative_to(path).as_posix()
+        if any(part.startswith(".") for part in name.split("/")):
+            continue
         try:
             found[name] = read_image(file, image_shape)
         except ValueError as error:
-            skipped.append(name)
+            skipped[name] = str(error.__cause__ or error).replace(repr(str(file)), "").strip(" :")
             reason = str(error)
     if not found:
         raise ValueError(f"path: got {path}, expected a folder with an image that can be read; {len(skipped)} cannot ({reason})")
-    return ImageFolder(torch.stack(list(found.values())), tuple(found), tuple(skipped))
+    return ImageFolder(torch.stack(list(found.values())), tuple(found), skipped)

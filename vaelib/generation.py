@@ -69,6 +69,7 @@ def interpolate(model: VAE, a: Tensor, b: Tensor, steps: int = 10, seed: int = 0
     """Decoded codes on the way from a's posterior mean to b's: two images (C, H, W) ``uint8`` -> (steps, C, H, W).
 
     Args:
+        steps: how many images, both ends among them: at least 2.
         kind: ``"linear"``: on the straight line. ``"spherical"``: the direction turns at constant speed in the plane of the two codes
             (slerp: Shoemake 1985, White 2016; eq. slerp) while the length goes linearly from a's to b's. So the codes do not cut
             through the middle, where a Gaussian in many dimensions has no mass. Codes on one line through 0 are joined linearly.

@@ -13,13 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
 from vaelib.data import ImageSet
-from vaelib.storage import build, signature, writable_folder
+from vaelib.storage import build, signature, writable_folder, write_tensors
 from vaelib.vae import VAE, Posterior, evaluating, given_labels
 
 DISTANCES = ("euclidean", "cosine", "symmetric_kl", "bhattacharyya")
@@ -80,6 +79,7 @@ def nearest_neighbours(
     Args:
         queries: (Q, L), or a `Posterior` of that shape; the statistical distances need posteriors.
         database: (N, L), or a `Posterior`.
+        k: neighbours per query, at most N.
         distance: see `distance_between`.
         block: queries at a time.
 
@@ -210,7 +210,8 @@ def ranked(
         return Neighbours(indices, distances)
     furthest = distances[:, -1].double() * (1 + 2**-23)  # up to here a distance may round to that of the last neighbour
     coarse = values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    rounding = (phi.shape[1] + 4) * (2**-8 if coarse else torch.finfo(values.dtype).eps)
+    # of a sum of D products: at most D eps, and 8 sqrt(D) eps but for chances below 1e-13 (Higham and Mary 2019)
+    rounding = min(phi.shape[1] + 4, 8 * math.sqrt(phi.shape[1])) * (2**-8 if coarse else torch.finfo(values.dtype).eps)
     error = rounding * ((1 + phi.norm(dim=1).cpu().double()) * (1 + reach[0]) + reach[1]) + 1e-12 * furthest
     limit = (furthest.square() if distance == "euclidean" else furthest) - offset.cpu() + error
     for row in (values[:, -1].cpu() <= limit).nonzero()[:, 0].tolist():
@@ -325,7 +326,8 @@ class LatentIndex:
         labels: int64 (N,), -1 where an image has none.
         classes: the name of each label.
         names: the file of each image, or ().
-        source: where the images come from, such as {"data": "mnist", "split": "train"}.
+        source: where the images come from, for pictures of them: {"data": ..., "split": ...} are arguments of `load_images`, whose
+            order the index has; {"folder": ...} is a folder that has the files `names`; {} says nothing.
         method: ``"exact"``, or FAISS's ``"hnsw"`` or ``"ivf_pq"``: approximate, Euclidean only.
         model_hash: the `fingerprint` of the model when its first image was encoded.
     """
@@ -345,11 +347,25 @@ class LatentIndex:
         cls, model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, method: str = "exact", names: Sequence[str] = (),
         source: dict[str, str] | None = None,
     ) -> LatentIndex:  # fmt: skip
-        """Index images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), encoded in chunks to posteriors; nothing is sampled.
+        """Index images, encoded in chunks to posteriors; nothing is sampled.
 
-        `names` may hold one file name for each image. HNSW built by several threads may differ a little from build to build.
+        HNSW built by several threads may differ a little from build to build.
+
+        Args:
+            model: what encodes the images, and later the queries.
+            images: an `ImageSet` or ``uint8`` pixels (N, C, H, W).
+            batch_size: images encoded at once.
+            method: ``"exact"``, ``"hnsw"`` or ``"ivf_pq"``.
+            names: one file name for each image, or none at all.
+            source: see the attributes.
+
+        Raises:
+            ValueError: For a conditional model that is not bound, images of another shape, names for only some images, an unknown
+                method or one of FAISS where that is missing, or fewer than 256 images for ``"ivf_pq"``.
         """
         check_choice("method", method, METHODS)
+        if model.needs_labels:
+            raise ValueError("model: got a conditional VAE, expected one that encodes without labels")
         codes = Posterior(torch.empty(0, model.latent_dim), torch.empty(0, model.latent_dim))
         index = cls(model, codes, torch.empty(0, dtype=torch.int64), (), (), source or {}, method, fingerprint(model))
         index.add(images, names, batch_size)
@@ -362,7 +378,9 @@ class LatentIndex:
         return f"LatentIndex({len(self)} images, {self.model.latent_dim} latents, {self.method!r})"
 
     def label(self, i: int) -> str | None:
-        """The class of image i; None where it has none."""
+        """The class of image i; None where it has none. ValueError unless i is from 0 to N - 1."""
+        if not 0 <= i < len(self):
+            raise ValueError(f"i: got {describe(i)}, expected the index of one of the {len(self)} images")
         return self.classes[self.labels[i]] if self.labels[i] >= 0 else None
 
     def to(self, device: torch.device | str) -> LatentIndex:
@@ -372,7 +390,7 @@ class LatentIndex:
         return self
 
     def add(self, images: ImageSet | Tensor, names: Sequence[str] = (), batch_size: int = 1000) -> None:
-        """Index more images; they get the next indices.
+        """Index more images; they get the next indices. `source` no longer holds for an index that had images, and becomes {}.
 
         Raises:
             ValueError: For images of another shape or other classes, a model trained since, or names for only some images.
@@ -387,6 +405,7 @@ class LatentIndex:
             raise ValueError(f"names: got {len(names)} for {count} images, expected one for each image of the index, or none at all")
         if self.method != "exact":
             self.structure = extended(self.structure, self.method, new.mean)
+        self.source = {} if len(self) else self.source
         device = self.codes.mean.device
         self.codes = Posterior(*(torch.cat([old, part.to(device)]) for old, part in zip(self.codes, new, strict=True)))
         self.labels, self.names = torch.cat([self.labels, labels]), (*self.names, *names)
@@ -397,9 +416,11 @@ class LatentIndex:
     ) -> Neighbours:
         """The k nearest images of each query, nearest first; indices count in the order of indexing.
 
+        Distances between posteriors (``"symmetric_kl"``, ``"bhattacharyya"``) are in nats; those between means have no unit.
+
         Args:
             queries: images (``uint8`` pixels (Q, C, H, W) or an `ImageSet`), posteriors, or means (Q, L).
-            k: neighbours per query.
+            k: neighbours per query, at most N.
             distance: see `distance_between`; the FAISS methods know ``"euclidean"`` only.
             effort: of the FAISS methods: efSearch of HNSW, nprobe of IVF-PQ, whose best 10 k codes are ranked by their true distance.
 
@@ -449,7 +470,7 @@ class LatentIndex:
         path = Path(path)
         partial = writable_folder("path", path.parent) / f".{path.name}.partial"
         try:
-            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, partial, {"index": json.dumps(about)})
+            write_tensors(partial, tensors, {"index": json.dumps(about)})
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"path: got {path}, expected a file that can be written ({error})") from error
@@ -466,8 +487,12 @@ class LatentIndex:
             ValueError: If the file is broken, no index or of another version, or was made with another model.
         """
         try:
+            if Path(path).is_dir():
+                raise ValueError("it is a folder")
             with safe_open(path, "pt") as file:
-                about = json.loads((file.metadata() or {})["index"])
+                if "index" not in (metadata := file.metadata() or {}):
+                    raise ValueError("it has no index in it")
+                about = json.loads(metadata["index"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if about["version"] != VERSION:
                 raise ValueError(f"it is of version {about['version']}, this vaelib reads {VERSION}")
@@ -495,6 +520,15 @@ class LatentIndex:
     def _check_model(self) -> None:
         if fingerprint(self.model) != self.model_hash:
             raise ValueError("model: got another config or other weights, expected the model that the index was built with")
+
+
+def is_index(path: str | Path) -> bool:
+    """Whether the file is one that `LatentIndex.save` wrote, by its header."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "index" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def faiss() -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vaelib._validation import check_choice
 from vaelib.conditional import conditional_vae
@@ -40,6 +41,15 @@ def write_text(path: Path, text: str) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+    """Write a safetensors file; who may read it follows the umask, while `save_file` alone gives it to its owner only."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, path, about)
+    path.chmod(mode)
 
 
 def build(config: dict[str, Any]) -> VAE:
@@ -73,7 +83,7 @@ def save(model: VAE, path: str | Path) -> None:
     partial, partial_config = path / f".{WEIGHTS}.partial", path / f".{CONFIG}.partial"
     try:
         # the weights carry the config too: `load` can tell when the two files are not of one model
-        save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, partial, {"config": config})
+        write_tensors(partial, model.state_dict(), {"config": config})
         partial_config.write_text(config + "\n", encoding="utf-8")
         os.replace(partial, path / WEIGHTS)
         os.replace(partial_config, path / CONFIG)

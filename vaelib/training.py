@@ -350,6 +350,9 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
         raise ValueError(f"config: got {describe(config)}, expected a TrainConfig")
     if not isinstance(model, VAE):
         raise ValueError(f"model: got {type(model).__name__}, expected a VAE")
+    if getattr(model, "labels", None) is not None:
+        expected = "expected the model itself; fit hands it the labels of the images"
+        raise ValueError(f"model: got a conditional VAE bound to labels, {expected}")
     if dtypes := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
         raise ValueError(
             f"model: got weights of {dtypes.pop()}, expected torch.float32; precision='bf16' is an argument of TrainConfig"

@@ -21,17 +21,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vaelib._validation import check_int, check_number, check_pixels, describe
+from vaelib.data import ImageSet
 from vaelib.evaluation import posterior_means
 from vaelib.generation import decode_pixels, interpolate, latent_grid
 from vaelib.likelihoods import Bernoulli
 from vaelib.networks import ACTIVATIONS, MLPDecoder
 from vaelib.plotting import show_images, tile
+from vaelib.retrieval import Neighbours
 from vaelib.vae import VAE
 
 LIMIT = 400_000  # bytes of HTML that one figure may add to a page
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Widget:
     """An interactive figure that a notebook shows as the value of a cell.
 
@@ -44,6 +46,9 @@ class Widget:
     html: str
     still: bytes
     alt: str
+
+    def __repr__(self) -> str:
+        return f"Widget({self.alt!r}, {len(self.html.encode()) // 1000} KB)"
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
         return {"text/html": self.html, "image/png": base64.b64encode(self.still).decode(), "text/plain": self.alt}
@@ -82,13 +87,14 @@ def latent_explorer(
     return widget("explorer", data, caption, alt, still, "50cqw + 62px", "100cqw + 96px")
 
 
-def interpolation_slider(model: VAE, images: Tensor, caption: str, alt: str, steps: int = 11) -> Widget:
+def interpolation_slider(model: VAE, images: ImageSet | Tensor, caption: str, alt: str, steps: int = 11) -> Widget:
     """Choose two of a few images and slide from one's posterior mean to the other's, straight or spherically.
 
     Args:
-        images: pixels (N, C, H, W) ``uint8``, 2 to 12 of them.
+        images: an `ImageSet` or pixels (N, C, H, W) ``uint8``, 2 to 12 of them.
         steps: how many decoded images of the path are shown at once, 2 to 15.
     """
+    images = pixels_of(images)
     data, means = page_decoder(model), posterior_means(model, images)
     if not (2 <= len(images) <= 12 and check_int("steps", steps, minimum=2) <= 15):
         raise ValueError(f"images, steps: got {len(images)} images and {steps} steps, expected 2 to 12 and 2 to 15")
@@ -102,14 +108,17 @@ def interpolation_slider(model: VAE, images: Tensor, caption: str, alt: str, ste
     return widget("interpolation", data, caption, alt, sheet(interpolate(model, *images[:2], steps), steps), wide, narrow)
 
 
-def traversal_sliders(model: VAE, image: Tensor, units: Sequence[int], caption: str, alt: str, span: float = 3) -> Widget:
+def traversal_sliders(
+    model: VAE, image: ImageSet | Tensor, units: Sequence[int], caption: str, alt: str, span: float = 3
+) -> Widget:
     """A slider for each of a few latent dimensions, starting at the image's posterior mean.
 
     Args:
-        image: pixels (C, H, W) or (1, C, H, W) ``uint8``.
+        image: pixels (C, H, W) or (1, C, H, W) ``uint8``, or an `ImageSet` of one image.
         units: latent dimensions, 1 to 10 of them, such as those of the largest `kl_per_unit`.
         span: the sliders run over [-span, span], further where the image's own code lies outside.
     """
+    image = pixels_of(image)
     data, code = page_decoder(model), start_code(model, "image", image, units)
     data |= {"image": encoded(image, torch.uint8), "code": encoded(code)}
     data |= {"units": list(units), "span": check_number("span", span, exclusive=True)}
@@ -122,9 +131,9 @@ def traversal_sliders(model: VAE, image: Tensor, units: Sequence[int], caption: 
 
 
 def retrieval_browser(
-    queries: Tensor,
-    gallery: Tensor,
-    neighbours: Mapping[str, Tensor],
+    queries: ImageSet | Tensor,
+    gallery: ImageSet | Tensor,
+    neighbours: Mapping[str, Neighbours | Tensor],
     caption: str,
     alt: str,
     query_labels: Tensor | None = None,
@@ -134,16 +143,18 @@ def retrieval_browser(
     """Choose a query and a distance, and see its neighbours; those with another label are marked.
 
     Args:
-        queries: pixels (Q, C, H, W) ``uint8``.
-        gallery: pixels (N, C, H, W) ``uint8``; only those of its images that are a neighbour are stored.
-        neighbours: for each distance's name, int64 (Q, k): indices into the gallery, nearest first.
+        queries: an `ImageSet` or pixels (Q, C, H, W) ``uint8``.
+        gallery: an `ImageSet` or pixels (N, C, H, W) ``uint8``; only those of its images that are a neighbour are stored.
+        neighbours: for each distance's name, what a search found or its indices int64 (Q, k) into the gallery, nearest first.
         query_labels: int64 (Q,), given together with `gallery_labels`, int64 (N,).
         classes: the names of the labels; without them their numbers.
     """
+    queries, gallery = pixels_of(queries), pixels_of(gallery)
     shape = check_channels("queries", check_pixels("queries", queries).shape[1:])
     queries, gallery = queries.cpu(), check_pixels("gallery", gallery, shape).cpu()
     if not isinstance(neighbours, Mapping) or not neighbours:
         raise ValueError(f"neighbours: got {describe(neighbours)}, expected a dict from a distance's name to indices (Q, k)")
+    neighbours = {name: found.indices if isinstance(found, Neighbours) else found for name, found in neighbours.items()}
     k = max((value.shape[-1] for value in neighbours.values() if isinstance(value, Tensor) and value.dim()), default=0)
     for name, found in neighbours.items():
         good = isinstance(found, Tensor) and found.dtype == torch.int64 and found.shape == (len(queries), k) and k > 0
@@ -255,6 +266,11 @@ def rounded(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return whole, scale
 
 
+def pixels_of(images: ImageSet | Tensor) -> Tensor:
+    """The pixels of an `ImageSet`; what is no such set comes back as it is."""
+    return images.pixels if isinstance(images, ImageSet) else images
+
+
 def check_channels(argument: str, shape: Sequence[int]) -> Sequence[int]:
     """`shape` (C, H, W) if its images are grey or of three colours."""
     if shape[0] not in (1, 3):
@@ -273,7 +289,7 @@ def named(argument: str, labels: Tensor | None, count: int, classes: Sequence[st
     return [str(label if classes is None else classes[label]) for label in labels.tolist()]
 
 
-def start_code(model: VAE, argument: str, image: Tensor, units: Sequence[int] = (0,)) -> Tensor:
+def start_code(model: VAE, argument: str, image: ImageSet | Tensor, units: Sequence[int] = (0,)) -> Tensor:
     """The image's posterior mean (1, L), after a check of the image and of the latent dimensions `units`."""
     code = posterior_means(model, image[None] if isinstance(image, Tensor) and image.dim() == 3 else image)
     if len(code) != 1:
@@ -312,13 +328,13 @@ def live_explorer(model: VAE, extent: float = 2.5) -> Any:
     return live(model, lambda z: torch.tensor([z]), z1=limits, z2=limits)
 
 
-def live_interpolation(model: VAE, a: Tensor, b: Tensor) -> Any:
+def live_interpolation(model: VAE, a: ImageSet | Tensor, b: ImageSet | Tensor) -> Any:
     """A slider from a's posterior mean to b's, images (C, H, W) ``uint8``, for any model: an ipywidgets box."""
     first, second = start_code(model, "a", a), start_code(model, "b", b)
     return live(model, lambda t: torch.lerp(first, second, t[0]), t=(0.0, 1.0, 0.0))
 
 
-def live_traversal(model: VAE, image: Tensor, units: Sequence[int], span: float = 3) -> Any:
+def live_traversal(model: VAE, image: ImageSet | Tensor, units: Sequence[int], span: float = 3) -> Any:
     """`traversal_sliders` in a live notebook, for any model: an ipywidgets box."""
     start, span = start_code(model, "image", image, units), check_number("span", span, exclusive=True)
     limits = {f"z[{unit}]": (min(-span, value), max(span, value), value) for unit in units for value in [float(start[0, unit])]}
