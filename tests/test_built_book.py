@@ -1,5 +1,8 @@
 """The rendered pages, where they were built (`make book`): alt texts, links, Colab buttons, nothing fetched from elsewhere."""
 
+import functools
+import http.server
+import threading
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -13,6 +16,28 @@ PAGES = ["intro", "elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval", 
 CHAPTERS = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval"]
 
 pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the book is not built: run make book first")
+
+
+FIGURES = [("generation", 0), ("generation", 1), ("generation", 2), ("retrieval", 0)]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves the book and says nothing."""
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Where the built book is served."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    thread.join()
+    server.server_close()
 
 
 def page(name):
@@ -69,3 +94,50 @@ def test_solutions_are_folded_and_equations_numbered(name):
     assert len(soup.select("span.eqno")) >= 1
     assert "system-message" not in str(soup)
     assert not soup.find(string=lambda text: text and ("{eq}`" in text or "{numref}`" in text or "{cite}`" in text))
+
+
+@pytest.mark.parametrize(("name", "number"), FIGURES)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_figure_to_touch_answers_pointer_and_key_with_the_network_cut(name, number, width, browser, address):
+    asked = []
+
+    def guard(route):
+        if route.request.url.startswith(address):
+            route.continue_()
+        else:
+            asked.append(route.request.url)
+            route.abort()
+
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    try:
+        context.route("**/*", guard)
+        tab = context.new_page()
+        tab.goto(address + f"{name}.html", wait_until="domcontentloaded")
+        frames = tab.locator("article .vaelib-widget iframe")
+        assert frames.count() == sum(page_name == name for page_name, _ in FIGURES)
+        frame = frames.nth(number)
+        frame.scroll_into_view_if_needed()
+        inside = frame.content_frame
+        inside.locator("canvas").first.wait_for()
+        drawn = lambda: inside.locator("canvas").evaluate_all("all => all.map(canvas => canvas.toDataURL()).join()")  # noqa: E731
+        seen = [drawn()]
+        choices = inside.locator("input[type=radio]") if name == "retrieval" else inside.locator("[tabindex='0'], input[type=range]")
+        control = choices.first if name == "retrieval" else choices.last
+        control.focus()
+        for key in ("ArrowRight", "ArrowUp", "ArrowLeft"):
+            tab.keyboard.press(key)
+        tab.wait_for_timeout(200)
+        seen.append(drawn())
+        if name == "retrieval":
+            inside.locator("label").nth(4).click()
+        else:
+            box = control.bounding_box()
+            tab.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
+        tab.wait_for_timeout(200)
+        seen.append(drawn())
+        assert seen[0] != seen[1] != seen[2]
+        tab.evaluate("window.scrollTo(2000, 0)")
+        assert tab.evaluate("window.scrollX") == 0
+        assert asked == []
+    finally:
+        context.close()

@@ -172,7 +172,8 @@ def retrieval_browser(
     data |= {"galleryLabels": [labels[i] for i in used.tolist()] if labels else []}
     still = sheet(torch.cat([torch.cat([queries[:1], gallery[found[0]]]) for found in table]), k + 1, names)
     heights = []
-    for across, down, rest in ((12, 8, 160), (6, 4, 168)):  # images in a row of queries and of neighbours
+    names_px = 48 * -(-len(names) // 2)  # on a phone the distances stand in rows of two
+    for across, down, rest in ((12, 8, 160), (6, 4, 140 + names_px)):  # images in a row of queries and of neighbours
         rows, lines = -(-len(queries) // across), -(-k // down)
         heights.append(f"{100 * (rows / across + lines / down):.1f}cqw + {24 * lines + rest}px")
     return widget("retrieval", data, caption, alt, still, *heights)

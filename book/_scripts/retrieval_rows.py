@@ -1,4 +1,4 @@
-"""Score the rows of the retrieval tables: `python book/_scripts/retrieval_rows.py [set/row ...]`, all that are missing by default.
+"""Score the rows of the retrieval tables: `python book/_scripts/retrieval_rows.py [set.row ...]`, all that are missing by default.
 
 The full test set is searched in the full training set. A row is a representation and a distance; the representations that have to be
 learned are trained here, all with the seed 0. Records go to results/retrieval-rows.json: command, commit, versions, hardware,
@@ -148,19 +148,19 @@ def run(name, row):
     scores = score_retrieval(train.labels[found.indices], test.labels[:count], train.labels, mean_average_precision=precision)
     scores |= {"num_queries": count, "num_ranked": RANKED}
     metrics = scores | {"train_seconds": round(seconds, 1), "search_seconds": round(searched, 1), "dimensions": LATENTS[name]}
-    return entry(f"python book/_scripts/retrieval_rows.py {name}/{row}", 0, seconds + searched, metrics)
+    return entry(f"python book/_scripts/retrieval_rows.py {name}.{row}", 0, seconds + searched, metrics)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="rows to make, such as mnist/pca; default: those that are missing")
+    parser.add_argument("names", nargs="*", help="rows to make, such as mnist.pca; default: those that are missing")
     arguments = parser.parse_args()
-    every = [f"{name}/{row}" for name in SETS for row in ROWS]
+    every = [f"{name}.{row}" for name in SETS for row in ROWS]
     if unknown := set(arguments.names) - set(every):
         sys.exit(f"names: got {', '.join(sorted(unknown))}, expected some of {', '.join(every)}")
     done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
     for key in arguments.names or [key for key in every if key not in done]:
-        record = run(*key.split("/"))
+        record = run(*key.split("."))
         done[key] = record
         LEDGER.write_text(json.dumps(done, indent=2) + "\n")
         print(f"{key:28} {json.dumps(record['metrics'])[:160]}", flush=True)

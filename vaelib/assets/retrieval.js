@@ -36,7 +36,7 @@ atlas.onload = () => {
   });
   place(
     choices("Query", "query", canvases, query, [12, 6], i => { query = i; show(); }),
-    choices("Distance", "distance", data.names, distance, [data.names.length, Math.min(data.names.length, 3)], i => { distance = i; show(); }),
+    choices("Distance", "distance", data.names, distance, [data.names.length, Math.min(data.names.length, 2)], i => { distance = i; show(); }),
     status, neighbours,
   );
   show();
