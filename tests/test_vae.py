@@ -408,3 +408,17 @@ def test_keyed_noise_is_uniform_normal_and_uncorrelated(digits):
     for a, b in ((normal[:, :-1], normal[:, 1:]), (normal[:-1], normal[1:]), (normal, uniform - 0.5)):
         assert abs((a * b).mean() / (a.std() * b.std())) < 4 / math.sqrt(n)
     torch.testing.assert_close(noise.normal_noise(keys, (100,), noise.LATENT, start=300), normal[:, 300:].float())
+
+
+def test_the_prior_s_noise_is_checked_under_its_own_name(small_vae):
+    with pytest.raises(ValueError, match="^eps: got a float32 tensor of shape"):
+        small_vae.sample_prior(torch.zeros(2, 5))
+
+
+def test_conv_vae_has_128_latents_and_a_decoder_that_mirrors_the_encoder():
+    assert vaelib.conv_vae().latent_dim == 128
+    model = vaelib.conv_vae((1, 8, 8), 4, "bernoulli", channels=(3, 5))
+    down = [layer.out_channels for layer in model.encoder.modules() if isinstance(layer, torch.nn.Conv2d) and layer.stride == (2, 2)]
+    up = [layer.in_channels for layer in model.decoder.modules() if isinstance(layer, torch.nn.ConvTranspose2d)]
+    assert down == [3, 5]
+    assert up == [5, 3]
