@@ -14,7 +14,7 @@ from vaelib._validation import check_int, check_number
 from vaelib.data import ImageSet
 from vaelib.likelihoods import bits_per_dim
 from vaelib.objectives import gaussian_log_density
-from vaelib.vae import VAE, evaluating, given_labels, heldout_elbo
+from vaelib.vae import VAE, Posterior, evaluating, given_labels, heldout_elbo
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,20 @@ def log_likelihood(
     return torch.cat(estimates)
 
 
+def posteriors(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Posterior:
+    """q(z given x) of each image, in chunks: mean and log_var, each (N, latent_dim), on the CPU. Nothing is sampled from it.
+
+    Where the likelihood binarizes, its noise belongs to the image (`vaelib.noise`): the same image has the same code in every chunk.
+    For a `HierarchicalVAE` it is q along the path of the means.
+    """
+    with evaluating(model):
+        parts = [[part.cpu() for part in bound.encode(x)] for bound, x, _ in given_labels(model, images, batch_size, seed)]
+    return Posterior(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
 def posterior_means(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
     """The posterior mean of each image: (N, latent_dim), on the CPU."""
-    with evaluating(model):
-        return torch.cat([bound.encode(x).mean.cpu() for bound, x, _ in given_labels(model, images, batch_size, seed)])
+    return posteriors(model, images, batch_size, seed).mean
 
 
 def active_units(model: VAE, images: ImageSet | Tensor, threshold: float = 0.01, batch_size: int = 1000, seed: int = 0) -> Tensor:

@@ -18,8 +18,9 @@ from torch.nn.functional import normalize
 
 from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
 from vaelib.data import ImageSet
+from vaelib.evaluation import posteriors
 from vaelib.storage import build, signature, writable_folder, write_tensors
-from vaelib.vae import VAE, Posterior, evaluating, given_labels
+from vaelib.vae import VAE, Posterior
 
 DISTANCES = ("euclidean", "cosine", "symmetric_kl", "bhattacharyya")
 STATISTICAL = DISTANCES[2:]  # between posteriors; the others are between their means
@@ -35,17 +36,6 @@ class Neighbours(NamedTuple):
 
     indices: Tensor
     distances: Tensor
-
-
-def posteriors(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000) -> Posterior:
-    """q(z given x) of each image, in chunks: mean and log_var, each (N, L), on the CPU. Nothing is sampled from it.
-
-    Where the likelihood binarizes, its noise belongs to the image (`vaelib.noise`): an image has the same code in every chunk.
-    For a `HierarchicalVAE` it is q along the path of the means.
-    """
-    with evaluating(model):
-        parts = [[part.cpu() for part in bound.encode(x)] for bound, x, _ in given_labels(model, images, batch_size, seed=0)]
-    return Posterior(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def distance_between(p: Posterior, q: Posterior, distance: str) -> Tensor:
