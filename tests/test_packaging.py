@@ -71,7 +71,7 @@ def imports_of(module):
 
 ORDER = [
     *("_validation", "data", "likelihoods", "objectives", "noise", "networks", "vae", "hierarchical", "conditional", "storage"),
-    *("checkpoints", "distributed", "training", "evaluation", "generation", "priors", "retrieval", "quality"),
+    *("checkpoints", "distributed", "training", "evaluation", "reproduce", "generation", "priors", "retrieval", "quality"),
     *("oracles", "checks", "ledger", "plotting", "widgets", "cli"),
 ]
 

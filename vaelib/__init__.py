@@ -1,7 +1,7 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
 The modules follow the book: `data`, `likelihoods`, `objectives`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
-`evaluation`, `generation`, `priors`, `retrieval`, `quality`, `checks`, `plotting`, `widgets`, `cli`.
+`evaluation`, `reproduce`, `generation`, `priors`, `retrieval`, `quality`, `checks`, `plotting`, `widgets`, `cli`.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from vaelib.conditional import ConditionalVAE, conditional_vae
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
 from vaelib.evaluation import Evaluation, active_units, evaluate, kl_per_unit, log_likelihood, posterior_means, rate_decomposition
 from vaelib.generation import generate, interpolate, latent_grid, reconstruct
-from vaelib.hierarchical import HierarchicalVAE, hierarchical_vae
+from vaelib.hierarchical import HierarchicalVAE, TwoLayerVAE, hierarchical_vae, two_layer_vae
 from vaelib.likelihoods import (
     Bernoulli,
     DiscretizedLogistic,
@@ -25,6 +25,7 @@ from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from vaelib.objectives import (
     ElboTerms,
     beta_elbo,
+    doubly_reparameterized_bound,
     free_bits_kl,
     gaussian_kl,
     gaussian_kl_per_unit,
@@ -41,18 +42,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VAE", "Bernoulli", "ConditionalVAE", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic",
-    "DiscretizedLogisticMixture", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE", "History",
-    "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior", "TrainConfig",
-    "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae", "conv_vae", "evaluate", "fit", "free_bits_kl",
-    "gaussian_kl", "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
-    "importance_weighted_bound", "interpolate", "kl_per_unit", "latent_grid", "load", "load_images", "log_likelihood", "loss",
-    "minibatches", "mlp_vae", "nearest_neighbours", "plotting", "posterior_means", "priors", "quality", "rate_decomposition",
-    "reconstruct", "reparameterize", "save", "train_valid_split", "widgets",
+    "DiscretizedLogisticMixture", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE",
+    "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior", "TrainConfig",
+    "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae", "conv_vae",
+    "doubly_reparameterized_bound", "evaluate", "fit", "free_bits_kl", "gaussian_kl", "gaussian_kl_per_unit",
+    "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set", "importance_weighted_bound",
+    "interpolate", "kl_per_unit", "latent_grid", "load", "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae",
+    "nearest_neighbours", "plotting", "posterior_means", "priors", "quality", "rate_decomposition", "reconstruct",
+    "reparameterize", "save", "train_valid_split", "two_layer_vae", "widgets",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Modules that are imported when they are first used: matplotlib costs half a second."""
-    if name in ("plotting", "widgets", "priors", "quality", "checks", "oracles", "ledger", "cli"):
+    if name in ("plotting", "widgets", "priors", "quality", "checks", "oracles", "ledger", "cli", "reproduce"):
         return importlib.import_module(f"vaelib.{name}")
     raise AttributeError(f"module 'vaelib' has no attribute {name!r}")

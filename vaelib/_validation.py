@@ -19,12 +19,12 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def check_choice(argument: str, value: Any, options: Iterable[str]) -> str:
+def check_choice(argument: str, value: Any, options: Iterable[Any]) -> Any:
     """`value` if it is one of `options`; otherwise a ValueError that offers the nearest option."""
     options = sorted(options)
     if value in options:
-        return str(value)
-    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.4)
+        return value
+    near = difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, options))}{hint}")
 

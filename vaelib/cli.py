@@ -1,4 +1,4 @@
-"""The command line: `vaelib train`, `evaluate`, `sample`, `index` and `search`, over the same functions that the book uses."""
+"""The command line: `vaelib train`, `evaluate`, `sample`, `index`, `search` and `reproduce`, over the same functions that the book uses."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from vaelib.generation import generate, interpolate
 from vaelib.ledger import entry
 from vaelib.likelihoods import LIKELIHOODS
 from vaelib.priors import fit_mixture, fit_second_stage
+from vaelib.reproduce import BUDGETS, OBJECTIVES, iwae_row
 from vaelib.retrieval import DISTANCES, METHODS, LatentIndex, is_index
 from vaelib.storage import CONFIG, MODELS, WEIGHTS, load, save, writable_folder, write_text
 from vaelib.training import HISTORY, TrainConfig, choose_device, fit
@@ -35,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Variational autoencoders: train, evaluate, sample, index, search.",
+    help="Variational autoencoders: train, evaluate, sample, index, search, reproduce.",
 )
 RUN = "run.json"
 PRIORS = {"standard": None, "mixture": fit_mixture, "second-stage": fit_second_stage}
@@ -106,6 +107,8 @@ def train(
     beta: float = 1.0,
     kl_warmup_epochs: float = 0.0,
     free_bits: Annotated[float, typer.Option(help="Nats per latent unit that cost nothing.")] = 0.0,
+    objective: Annotated[str, typer.Option(help="elbo, iwae or dreg.")] = "elbo",
+    num_samples: Annotated[int, typer.Option(help="Draws of z per image and step.")] = 1,
     ema_decay: Annotated[float, typer.Option(help="Decay of the moving average of the weights; 0 keeps none.")] = 0.0,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
     precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
@@ -143,6 +146,8 @@ def train(
         beta=beta,
         kl_warmup_epochs=kl_warmup_epochs,
         free_bits=free_bits,
+        objective=objective,
+        num_samples=num_samples,
         ema_decay=ema_decay or None,
         flip=flip,
         precision=precision,
@@ -412,6 +417,36 @@ def search(
         print(f"{row['query']:32} {row['rank']:4} {row['distance']:10.4f}  {row['label'] or '-':12} {image}")
     if images is not None:
         print(f"picture: {out}")
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str, typer.Argument(help="iwae: Burda, Grosse and Salakhutdinov 2016, table 1.")],
+    layers: Annotated[int, typer.Option(help="Stochastic layers, 1 or 2.")] = 1,
+    objective: Annotated[str, typer.Option(help=", ".join(OBJECTIVES))] = "iwae",
+    k: Annotated[int, typer.Option("-k", help="Draws of z per image and step: 1, 5 or 50.")] = 1,
+    budget: Annotated[str, typer.Option(help=", ".join(BUDGETS))] = "minutes",
+    data: Annotated[str, typer.Option(help="Image set; the paper's is mnist.")] = "mnist",
+    out: Annotated[Path, typer.Option(help="Folder of all rows; a row that was cut off goes on from there.")] = Path("runs/iwae"),
+    ledger: Annotated[Path | None, typer.Option(help="JSON file that the row is added to.")] = None,
+    seed: int = 0,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Train and score one row of a paper's table."""
+    check_choice("table", table, ("iwae",))
+    rows = json.loads(ledger.read_text(encoding="utf-8")) if ledger and ledger.exists() else {}
+    name = f"{layers}-{objective if k > 1 else 'vae'}-{k}.{budget}" + f".seed{seed}" * (seed > 0)
+    folder = writable_folder("out", out / f"{data}-{name}")
+    train, test = load_images(data), load_images(data, "test")
+    began = time.perf_counter()
+    model, row = iwae_row(train, test, layers, objective, k, budget, seed, device, folder, not as_json)
+    save(model, folder)
+    made = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, time.perf_counter() - began, {"data": data, **row})
+    write_text(folder / RUN, json.dumps(made, indent=2) + "\n")
+    if ledger:
+        write_text(ledger, json.dumps(rows | {name: made}, indent=2) + "\n")
+    show({"row": name, "out": str(folder), **row}, as_json)
 
 
 def images_of(index: LatentIndex, indices: list[list[int]]) -> Any:

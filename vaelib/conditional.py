@@ -78,9 +78,11 @@ class ConditionalVAE(VAE):
             raise ValueError(f"labels: got {low if low < 0 else high}, expected labels from 0 to {self.num_classes - 1}")
         return torch.tensor([labels]) if single else labels
 
-    def forward(self, x: Tensor, eps: Tensor | None = None, labels: Tensor | None = None) -> ElboTerms:
-        """`elbo` given labels (N,), without a look at the values of either; see `VAE.forward`."""
-        return VAE.forward(self if labels is None else self.given(labels, validate=False), x, eps)
+    def forward(
+        self, x: Tensor, eps: Tensor | None = None, labels: Tensor | None = None, objective: str = "elbo"
+    ) -> ElboTerms:
+        """`VAE.forward` given labels (N,), without a look at their values either."""
+        return VAE.forward(self if labels is None else self.given(labels, validate=False), x, eps, objective)
 
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
         """q(z given x, y), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L)."""

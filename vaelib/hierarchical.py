@@ -1,4 +1,4 @@
-"""The hierarchical VAE: several groups of latents, from a coarse map of the image to a fine one."""
+"""Several layers of latents: the hierarchical VAE, from a coarse map of the image to a fine one, and the two layers of Burda et al."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaelib._validation import check_choice, check_image_shape, check_int, describe
 from vaelib.likelihoods import Likelihood, make_likelihood
-from vaelib.networks import ACTIVATIONS, BottomUp, TopDown, enlarged, halvings
-from vaelib.vae import VAE, Posterior, reparameterize
+from vaelib.networks import ACTIVATIONS, BottomUp, MLPDecoder, MLPEncoder, TopDown, enlarged, halvings
+from vaelib.objectives import gaussian_kl_per_unit
+from vaelib.vae import VAE, Posterior, check_hidden_dims, reparameterize
 
 
 class HierarchicalVAE(VAE):
@@ -33,6 +34,8 @@ class HierarchicalVAE(VAE):
     Attributes:
         latent_shapes: (channels, height, width) of each group.
     """
+
+    layered = True
 
     def __init__(
         self,
@@ -173,3 +176,106 @@ def check_levels(value: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
     if levels[0][1] == 0:
         raise ValueError(f"levels: got {describe(value)}, expected at least one group at the first, the smallest resolution")
     return levels
+
+
+class TwoLayerVAE(VAE):
+    """p(x, h1, h2) = N(h2; 0, I) p(h1 given h2) p(x given h1), with q(h1 given x) q(h2 given h1): inference runs from the bottom up.
+
+    Burda, Grosse and Salakhutdinov 2016, section 5. To the outside z is flat, h2 before h1. The KL of h2 is closed form given h1.
+    That of h1 is log q - log p at the draw, because h1 and the h2 that its prior depends on are drawn together: one draw of it may
+    be negative, its mean is not.
+
+    Args:
+        encoder: two networks, x -> mean and log-variance of h1, and h1 -> those of h2.
+        decoder: two networks, h2 -> mean and log-variance of h1, and h1 -> the likelihood's params.
+        latent_dims: sizes of h1 and h2.
+        likelihood, image_shape, config: as in `VAE`.
+    """
+
+    layered = True
+
+    def __init__(
+        self,
+        encoder: nn.ModuleList,
+        decoder: nn.ModuleList,
+        likelihood: Likelihood,
+        image_shape: Sequence[int],
+        latent_dims: Sequence[int],
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(encoder, decoder, likelihood, image_shape, sum(latent_dims), config)
+        self.split = tuple(latent_dims)[::-1]
+
+    def encode(self, x: Tensor, validate: bool = True) -> Posterior:
+        """q along the path on which h1 is its posterior's mean: deterministic, mean and log_var, each (N, L)."""
+        self.check_input(x, validate)
+        below = self.encoder[0](x)
+        return joined([Posterior(*self.encoder[1](below[0])), Posterior(*below)])
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The likelihood's params at h1, the second part of z: (N, L) -> (N, P, H, W), in the dtype of z."""
+        self.check_code(z)
+        return self.decoder[1](z.split(self.split, dim=1)[1]).to(z.dtype)
+
+    def sample_prior(self, eps: Tensor) -> Tensor:
+        """z from p(z), made of standard normal noise: (N, L) -> (N, L)."""
+        self.check_code(eps, "eps")
+        h2, noise = eps.split(self.split, dim=1)
+        return torch.cat([h2, reparameterize(*self.decoder[0](h2), noise)], dim=1)
+
+    def infer(
+        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
+    ) -> tuple[Tensor, Posterior, Posterior]:
+        """z (K, N, L) drawn from q, the q that it came from, and the prior that it meets, each (K, N, L)."""
+        self.check_input(x, validate)
+        eps = self._noise(x, num_samples, eps, generator)
+        noise2, noise1 = eps.flatten(0, 1).split(self.split, dim=1)
+        below = Posterior(*(statistic.repeat(num_samples, 1).to(eps.dtype) for statistic in self.encoder[0](x)))
+        h1 = reparameterize(*below, noise1)
+        top = Posterior(*(statistic.to(eps.dtype) for statistic in self.encoder[1](h1)))
+        h2 = reparameterize(*top, noise2)
+        prior = Posterior(*(statistic.to(eps.dtype) for statistic in self.decoder[0](h2)))
+        posterior, prior = joined([top, below]), joined([Posterior(*(torch.zeros_like(h2),) * 2), prior])
+        shaped = [Posterior(*(statistic.view_as(eps) for statistic in pair)) for pair in (posterior, prior)]
+        return torch.cat([h2, h1], dim=1).view_as(eps), *shaped
+
+    def _kl_per_unit(self, z: Tensor, posterior: Posterior, prior: Posterior | None) -> Tensor:
+        (top_mean, mean), (top_log_var, log_var) = (statistic.split(self.split, dim=2) for statistic in posterior)
+        at, prior_mean, prior_log_var = (statistic.split(self.split, dim=2)[1] for statistic in (z, *prior))
+        squares = (at - prior_mean) ** 2 * (-prior_log_var).exp() - (at - mean) ** 2 * (-log_var).exp()
+        return torch.cat([gaussian_kl_per_unit(top_mean, top_log_var), 0.5 * (squares + prior_log_var - log_var)], dim=2)
+
+
+def two_layer_vae(
+    image_shape: Sequence[int] = (1, 28, 28),
+    hidden_dims: Sequence[Sequence[int]] = ((200, 200), (100, 100)),
+    latent_dims: Sequence[int] = (100, 50),
+    likelihood: str | dict[str, Any] | Likelihood = "bernoulli",
+    activation: str = "tanh",
+) -> TwoLayerVAE:
+    """The network with two stochastic layers of Burda et al. 2016; the decoders mirror the encoders.
+
+    Args:
+        image_shape: (C, H, W).
+        hidden_dims: sizes of the hidden layers between x and h1, and between h1 and h2.
+        latent_dims: sizes of h1 and h2.
+        likelihood: a name, a config or a `Likelihood`.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
+    """
+    likelihood = make_likelihood(likelihood)
+    for name, value in (("hidden_dims", hidden_dims), ("latent_dims", latent_dims)):
+        if not isinstance(value, Sequence) or isinstance(value, str) or len(value) != 2:
+            raise ValueError(f"{name}: got {describe(value)}, expected two, for the lower and the upper layer")
+    (hidden1, hidden2), (dim1, dim2) = map(check_hidden_dims, hidden_dims), (check_int("latent_dims", dim) for dim in latent_dims)
+    encoder = [MLPEncoder(image_shape, hidden1, dim1, activation), MLPEncoder((dim1, 1, 1), hidden2, dim2, activation)]
+    params = MLPDecoder(dim1, hidden1[::-1], image_shape, likelihood.param_channels(image_shape[0]), activation)
+    decoder = [MLPEncoder((dim2, 1, 1), hidden2[::-1], dim1, activation), params]
+    config = {
+        "model": "two-layer",
+        "image_shape": list(image_shape),
+        "hidden_dims": [list(hidden1), list(hidden2)],
+        "latent_dims": [dim1, dim2],
+        "likelihood": likelihood.config,
+        "activation": activation,
+    }
+    return TwoLayerVAE(nn.ModuleList(encoder), nn.ModuleList(decoder), likelihood, image_shape, (dim1, dim2), config)

@@ -93,6 +93,26 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
 
 
+def doubly_reparameterized_bound(log_likelihood: Tensor, z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """`importance_weighted_bound`, with the gradient that keeps its signal as K grows: (N,), nats. eq. doubly-reparameterized-gradient
+
+    The decoder's gradient is the usual one, with the normalized weights w_k. To the encoder the gradient flows through z_k alone
+    (the density q is a constant there), with w_k squared. Its mean is the same and its noise smaller: "DReG",
+    Tucker, Lawson, Gu and Maddison 2019.
+
+    Args:
+        log_likelihood: log p(x given z_k), (K, N), nats.
+        z: draws of q, (K, N, L), which the log-likelihood was computed from; the prior is N(0, I).
+        mean, log_var: of q, (1, N, L).
+    """
+    mean, log_var, zero = (value.detach().expand_as(z) for value in (mean, log_var, torch.zeros_like(z)))
+    log_weights = log_likelihood + gaussian_log_density(z, zero, zero) - gaussian_log_density(z, mean, log_var)
+    if z.requires_grad:
+        weights = log_weights.detach().softmax(0)[..., None]
+        z.register_hook(lambda gradient: weights * gradient)
+    return importance_weighted_bound(log_weights)
+
+
 def free_bits_kl(terms: ElboTerms, free_bits: float) -> Tensor:
     """Sum over latent units of max(free_bits, mean over the batch of the unit's KL): a scalar, nats. eq. free-bits
 

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from vaelib._validation import check_choice
 from vaelib.conditional import conditional_vae
-from vaelib.hierarchical import hierarchical_vae
+from vaelib.hierarchical import hierarchical_vae, two_layer_vae
 from vaelib.vae import VAE, conv_vae, mlp_vae
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MODELS = {"mlp": mlp_vae, "conv": conv_vae, "hierarchical": hierarchical_vae, "conditional": conditional_vae}
+MODELS = {"mlp": mlp_vae, "conv": conv_vae, "hierarchical": hierarchical_vae, "conditional": conditional_vae, "two-layer": two_layer_vae}
 
 
 def writable_folder(argument: str, path: str | Path) -> Path:

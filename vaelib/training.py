@@ -59,7 +59,10 @@ class TrainConfig:
         beta: weight of the KL term; 1 is the ELBO.
         kl_warmup_epochs: epochs over which beta rises linearly from 0.
         free_bits: nats per latent unit below which the KL is not pressed, see `vaelib.objectives.free_bits_kl`; 0 is the ELBO.
-        num_samples: draws of z per image and step.
+        objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound of `num_samples` draws (Burda et al. 2016); or ``"dreg"``,
+            the same with the encoder's gradient of Tucker et al. 2019, `vaelib.objectives.doubly_reparameterized_bound`. The
+            last two take neither beta nor free bits, and the history's ``train_log_likelihood`` is then bound + KL.
+        num_samples: K, draws of z per image and step.
         ema_decay: decay of an exponential moving average of the weights, which is then what is validated, kept and saved;
             None keeps the weights themselves. In step t the decay is at most (1 + t) / (10 + t).
         flip: mirror each image with probability 1/2.
@@ -87,6 +90,7 @@ class TrainConfig:
     beta: float = 1.0
     kl_warmup_epochs: float = 0
     free_bits: float = 0.0
+    objective: str = "elbo"
     num_samples: int = 1
     ema_decay: float | None = None
     flip: bool = False
@@ -118,6 +122,14 @@ class TrainConfig:
         if self.patience is not None:
             check_int("patience", self.patience)
         check_choice("precision", self.precision, ("float32", "bf16"))
+        check_choice("objective", self.objective, ("elbo", "iwae", "dreg"))
+        if self.objective != "elbo":
+            for name, neutral in (("beta", 1.0), ("kl_warmup_epochs", 0), ("free_bits", 0.0), ("patience", None)):
+                if getattr(self, name) != neutral:
+                    belongs = f"{neutral}: it belongs to the ELBO, and the objective is {self.objective!r}"
+                    raise ValueError(f"{name}: got {getattr(self, name)}, expected {belongs}")
+        if self.objective == "dreg" and self.compile:
+            raise ValueError("compile: got True, expected False: the gradient of the objective 'dreg' is made by a hook")
         for name in ("flip", "compile", "channels_last", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {describe(getattr(self, name))}, expected True or False")
@@ -291,7 +303,7 @@ def train_step(
     if config.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
-        terms = forward(x, eps, *labels)
+        terms = forward(x, eps, *labels, objective=config.objective)
     objective = terms
     if config.free_bits and group.size > 1:
         objective = with_global_kl(terms, weight, group)
@@ -368,6 +380,8 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
             model.given(these.labels)  # a check of their range
     if config.batch_size > len(images):
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the {len(images)} images of the set")
+    if config.objective == "dreg" and model.layered:
+        raise ValueError("objective: got 'dreg' for a model with several layers of latents, expected 'iwae' or a model with one")
     if config.patience is not None and valid is None:
         raise ValueError("patience: got a number, but there is no validation set to judge by; expected valid as well")
 

@@ -15,7 +15,13 @@ from vaelib._validation import check_image_shape, check_int, check_observation, 
 from vaelib.data import ImageSet
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
-from vaelib.objectives import ElboTerms, gaussian_kl_per_unit, gaussian_log_density, importance_weighted_bound
+from vaelib.objectives import (
+    ElboTerms,
+    doubly_reparameterized_bound,
+    gaussian_kl_per_unit,
+    gaussian_log_density,
+    importance_weighted_bound,
+)
 
 
 class Posterior(NamedTuple):
@@ -50,9 +56,11 @@ class VAE(nn.Module):
     Attributes:
         latent_shape: the shape that one code z has for the networks: (L,) or (channels, height, width).
         needs_labels: True for a conditional model before `ConditionalVAE.given`: only with labels can it encode and decode.
+        layered: True for a model of several layers of latents, whose prior and posterior depend on the layers drawn before.
     """
 
     needs_labels = False
+    layered = False
 
     def __init__(
         self,
@@ -75,9 +83,21 @@ class VAE(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def forward(self, x: Tensor, eps: Tensor | None = None) -> ElboTerms:
-        """`elbo` without a look at the values of x: what DistributedDataParallel and torch.compile wrap."""
-        return self.elbo(x, 1 if eps is None else len(eps), eps, validate=False)
+    def forward(self, x: Tensor, eps: Tensor | None = None, objective: str = "elbo") -> ElboTerms:
+        """`elbo`, or terms whose difference is the importance-weighted bound, without a look at the values of x.
+
+        It is what DistributedDataParallel and torch.compile wrap. The objectives are those of `TrainConfig`.
+        """
+        num_samples = 1 if eps is None else len(eps)
+        if objective == "elbo":
+            return self.elbo(x, num_samples, eps, validate=False)
+        log_likelihood, z, posterior, prior = self._infer_and_score(x, num_samples, eps, None, False)
+        kl = mean_over_samples(self._kl_per_unit(z, posterior, prior)).detach()
+        if objective == "dreg":
+            bound = doubly_reparameterized_bound(log_likelihood, z, *posterior)
+        else:
+            bound = importance_weighted_bound(self._weigh(log_likelihood, z, posterior, prior))
+        return ElboTerms(bound + kl.sum(1), kl.sum(1), kl)
 
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
         """q(z given x), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L).
@@ -117,8 +137,8 @@ class VAE(nn.Module):
         Returns:
             ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats, and `.kl_per_unit` (N, L).
         """
-        log_likelihood, _, posterior, prior = self._infer_and_score(x, num_samples, eps, generator, validate)
-        kl = mean_over_samples(gaussian_kl_per_unit(*posterior) if prior is None else gaussian_kl_per_unit(*posterior, *prior))
+        log_likelihood, z, posterior, prior = self._infer_and_score(x, num_samples, eps, generator, validate)
+        kl = mean_over_samples(self._kl_per_unit(z, posterior, prior))
         return ElboTerms(mean_over_samples(log_likelihood), kl.sum(1), kl)
 
     def log_weights(
@@ -133,10 +153,7 @@ class VAE(nn.Module):
 
         Parameters are those of `elbo`.
         """
-        log_likelihood, z, posterior, prior = self._infer_and_score(x, num_samples, eps, generator, validate)
-        prior = prior or Posterior(torch.zeros_like(z), torch.zeros_like(z))
-        log_posterior = gaussian_log_density(z, posterior.mean.expand_as(z), posterior.log_var.expand_as(z))
-        return log_likelihood + gaussian_log_density(z, *prior) - log_posterior
+        return self._weigh(*self._infer_and_score(x, num_samples, eps, generator, validate))
 
     def importance_weighted_bound(
         self,
@@ -190,6 +207,16 @@ class VAE(nn.Module):
         """log p(x given z), (K, N), and what `infer` gives."""
         z, posterior, prior = self.infer(x, num_samples, eps, generator, validate)
         return self._log_likelihood(x, z), z, posterior, prior
+
+    def _kl_per_unit(self, z: Tensor, posterior: Posterior, prior: Posterior | None) -> Tensor:
+        """The KL of each latent unit, from what `infer` gives: (K, N, L), or (1, N, L) where it is the same for all K draws."""
+        return gaussian_kl_per_unit(*posterior) if prior is None else gaussian_kl_per_unit(*posterior, *prior)
+
+    def _weigh(self, log_likelihood: Tensor, z: Tensor, posterior: Posterior, prior: Posterior | None) -> Tensor:
+        """log p(x given z) + log p(z) - log q(z given x), from what `_infer_and_score` gives: (K, N), nats. eq. log-weights"""
+        prior = prior or Posterior(torch.zeros_like(z), torch.zeros_like(z))
+        log_posterior = gaussian_log_density(z, posterior.mean.expand_as(z), posterior.log_var.expand_as(z))
+        return log_likelihood + gaussian_log_density(z, *prior) - log_posterior
 
     def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x given z) for z (K, N, L): (K, N)."""
