@@ -152,7 +152,7 @@ def test_unknown_names_are_answered_with_the_nearest():
         load_images("minst")
     with pytest.raises(ValueError, match="split: got 'tset', expected one of 'test', 'train'; did you mean 'test'"):
         load_images("digits", "tset")
-    assert set(NAMES) == {"mnist", "fashion-mnist", "cifar10", "digits", "shapes"}
+    assert set(NAMES) == {"mnist", "fashion-mnist", "cifar10", "binarized-mnist", "digits", "shapes"}
 
 
 def test_the_data_folder_is_vaelib_data_or_the_users_cache(monkeypatch, tmp_path):

@@ -29,6 +29,16 @@ def test_loaded_sets_have_the_published_statistics(real_data, name, split, count
         assert set(images.labels.bincount().tolist()) == {count // 10}
 
 
+@pytest.mark.parametrize(("split", "count", "mean"), [
+    ("train", 50000, 0.13056), ("valid", 10000, 0.13113), ("test", 10000, 0.13251),
+])  # fmt: skip
+def test_binarized_mnist_has_the_published_share_of_ink_and_no_grey(real_data, split, count, mean):
+    images = real_data("binarized-mnist", split)
+    assert images.pixels.shape == (count, 1, 28, 28)
+    assert images.pixels.unique().tolist() == [0, 255]
+    assert (images.pixels.double().mean() / 255).item() == pytest.approx(mean, abs=6e-6)
+
+
 def test_mnist_labels_are_the_official_ones(real_data):
     assert real_data("mnist").labels.bincount().tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
 

@@ -6,6 +6,7 @@ Nothing here scales, crops or binarizes: the likelihood owns the pixels (`vaelib
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import tempfile
@@ -49,6 +50,18 @@ CHECKSUMS = {
         "cifar-10-batches-py/test_batch": "40351d587109b95175f43aff81a1287e",
         "cifar-10-batches-py/batches.meta": "5ff9c542aee3614f3951f8cda6e48888",
     },
+    "binarized-mnist": {  # numpy.packbits over the rows of the official text files: (N, 98)
+        "BinarizedMNIST/binarized_mnist_train.npy": "27ff78d84acc5e3879a681618c73ffcc",
+        "BinarizedMNIST/binarized_mnist_valid.npy": "b03645d07bb9d5e4fd260f90a9c28bbe",
+        "BinarizedMNIST/binarized_mnist_test.npy": "f15bc02618bd90ebbb29c52596157553",
+    },
+}
+# The official text files of binarized MNIST, with their sha256.
+BINARIZED_URL = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist/"
+BINARIZED_CHECKSUMS = {
+    "binarized_mnist_train.amat": "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d",
+    "binarized_mnist_valid.amat": "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2",
+    "binarized_mnist_test.amat": "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c",
 }
 NAMES = (*CHECKSUMS, "digits", "shapes")
 
@@ -123,9 +136,12 @@ def load_images(name: str, split: str = "train", root: str | Path | None = None,
 
     Args:
         name: ``"mnist"``, ``"fashion-mnist"``, ``"cifar10"`` (read from `root`, fetched through torchvision where they are missing);
+            ``"binarized-mnist"`` (its pixels 0 or 255, drawn once and for all, so that `Bernoulli` leaves them as they are; no labels:
+            the fixed set on which the field reports nats. Salakhutdinov and Murray 2008; Larochelle and Murray 2011);
             ``"digits"`` (1797 real handwritten digits that scikit-learn ships, enlarged from 8x8 to 28x28);
             ``"shapes"`` (drawn: 32x32 RGB, with the factors that generated each image).
-        split: ``"train"`` or ``"test"``. For a validation set cut one off the training split: `train_valid_split`.
+        split: ``"train"`` or ``"test"``; ``"binarized-mnist"`` alone has a ``"valid"`` of its own. For a validation set of another
+            cut one off the training split: `train_valid_split`.
         root: the folder of the real data sets; default `data_folder()`.
         download: whether a missing set may be fetched.
 
@@ -135,7 +151,9 @@ def load_images(name: str, split: str = "train", root: str | Path | None = None,
             There is no silent fallback.
     """
     check_choice("name", name, NAMES)
-    check_choice("split", split, ("train", "test"))
+    if split == "valid" and name != "binarized-mnist":
+        raise ValueError(f"split: got 'valid', expected 'train' or 'test'; of {name} train_valid_split cuts a validation set off")
+    check_choice("split", split, ("train", "valid", "test") if name == "binarized-mnist" else ("train", "test"))
     if name == "digits":
         return _digits(split)
     if name == "shapes":
@@ -192,7 +210,8 @@ def _fetch(name: str, root: Path, download: bool) -> None:
         raise DataNotFoundError(f"{name}: {missing[0]} is not in {root} and download=False; {way_out}")
     from torchvision import datasets
 
-    dataset = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    sets = {"mnist": datasets.MNIST, "fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}
+    dataset = sets.get(name, _download_binarized)
     folder = missing[0].split("/")[0]
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -207,15 +226,39 @@ def _fetch(name: str, root: Path, download: bool) -> None:
         raise DataNotFoundError(f"{name}: {folder} is not in {root} and could not be downloaded ({reason}); {way_out}") from error
 
 
+def _download_binarized(folder: str, train: bool, download: bool) -> None:
+    """Fetch the text files of binarized MNIST and pack them; called as a data set of torchvision is, it fetches every split."""
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    for file, md5 in CHECKSUMS["binarized-mnist"].items():
+        packed = Path(folder) / file
+        text = packed.with_suffix(".amat")
+        download_url(BINARIZED_URL + text.name, str(text.parent))
+        content, sha256 = text.read_bytes(), BINARIZED_CHECKSUMS[text.name]
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise RuntimeError(f"the sha256 of {text.name} is not {sha256}")
+        np.save(packed, pack_amat(content))
+        if not check_integrity(str(packed), md5):
+            raise RuntimeError(f"the md5 of {packed.name} is not {md5}")
+
+
+def pack_amat(text: bytes) -> np.ndarray:
+    """The rows of a text file of binarized MNIST, 784 digits 0 or 1 with a space or the line's end after each: bits, (N, 98).
+
+    They lie column by column, as in the packed files whose md5 is known.
+    """
+    return np.asfortranarray(np.packbits(np.frombuffer(text, np.uint8)[::2].reshape(-1, 784) - ord("0"), axis=1))
+
+
 def _read(name: str, split: str, root: Path) -> ImageSet:
     """Read one split, after its files have passed their checksums."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity
 
     train = split == "train"
+    others = {"train": ("t10k", "test", "valid"), "valid": ("train", "test"), "test": ("train", "data_batch", "valid")}[split]
     for file, md5 in CHECKSUMS[name].items():
-        other_split = ("t10k" in file or "test" in file) if train else ("train" in file or "data_batch" in file)
-        if not other_split and not check_integrity(str(root / file), md5):
+        if not any(word in file for word in others) and not check_integrity(str(root / file), md5):
             raise ValueError(
                 f"{name}: the file {root / file} is truncated or corrupted (its md5 is not {md5}); delete it and load again"
             )
@@ -223,6 +266,10 @@ def _read(name: str, split: str, root: Path) -> ImageSet:
         cifar = CIFAR10(str(root), train=train)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return ImageSet(pixels, torch.tensor(cifar.targets), CIFAR, name)
+    if name == "binarized-mnist":
+        bits = np.unpackbits(np.load(root / f"BinarizedMNIST/binarized_mnist_{split}.npy"), axis=1)
+        pixels = torch.from_numpy(255 * np.ascontiguousarray(bits)).view(-1, 1, 28, 28)
+        return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("digit",), name)
     # The idx files themselves: torchvision would prefer a `processed` folder of its earlier versions, which nobody has checked.
     images_file, labels_file = list(CHECKSUMS[name])[:2] if train else list(CHECKSUMS[name])[2:]
     pixels = torch.from_numpy(np.fromfile(root / images_file, np.uint8)[16:].reshape(-1, 1, 28, 28))

@@ -1,9 +1,10 @@
-"""How good a trained model is: held-out ELBO, importance-weighted log-likelihood, bits/dim, active units."""
+"""How good a trained model is: held-out ELBO, log-likelihood by two ways, inference gaps, bits/dim, active units."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,11 @@ from vaelib import noise
 from vaelib._validation import check_int, check_number
 from vaelib.data import ImageSet
 from vaelib.likelihoods import bits_per_dim
-from vaelib.objectives import gaussian_log_density
-from vaelib.vae import VAE, Posterior, evaluating, given_labels, heldout_elbo
+from vaelib.objectives import gaussian_kl, gaussian_log_density
+from vaelib.vae import VAE, Posterior, evaluating, given_labels, heldout_elbo, reparameterize
+
+REFINE, ANNEAL, ACCEPT = 3, 4, 5  # streams of noise beside those of `vaelib.noise`: draws for the ascent, z and momenta, acceptance
+PILOTS = 4  # chains of annealed importance sampling that set the step sizes and do not count
 
 
 @dataclass(frozen=True)
@@ -90,20 +94,19 @@ def evaluate(
 
 
 def log_likelihood(
-    model: VAE, images: ImageSet | Tensor, num_samples: int = 5000, batch_size: int = 100, sample_batch: int = 100, seed: int = 0
+    model: VAE, images: ImageSet | Tensor, num_samples: int = 5000, batch_size: int = 20, sample_batch: int = 100, seed: int = 0
 ) -> Tensor:
     """Importance-weighted estimate of log p(x) of each image: (N,), nats, on the CPU. eq. importance-weighted-bound
 
-    Memory is bounded: batch_size * sample_batch codes are decoded at once. The result depends on neither number, nor on the
-    order of the images. Burda, Grosse and Salakhutdinov 2016.
+    Memory is bounded: batch_size * sample_batch codes are decoded at once; on a CPU, few enough to stay in its cache are several
+    times as fast. The result depends on neither number, nor on the order of the images. Burda, Grosse and Salakhutdinov 2016.
 
     Raises:
         ValueError: If the model's score is no likelihood.
     """
     check_int("num_samples", num_samples)
     check_int("sample_batch", sample_batch)
-    if not model.likelihood.normalized:
-        raise ValueError(f"model: got the score {model.likelihood.config['name']!r}, expected a likelihood; it defines no log p(x)")
+    check_normalized(model)
     estimates = []
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
@@ -115,6 +118,198 @@ def log_likelihood(
                 total = torch.logaddexp(total, torch.logsumexp(log_weights, dim=0).cpu().double())
             estimates.append((total - math.log(num_samples)).float())
     return torch.cat(estimates)
+
+
+def check_normalized(model: VAE) -> None:
+    """ValueError for a model whose score is no likelihood."""
+    if not model.likelihood.normalized:
+        raise ValueError(f"model: got the score {model.likelihood.config['name']!r}, expected a likelihood; it defines no log p(x)")
+
+
+def annealed_log_likelihood(
+    model: VAE,
+    images: ImageSet | Tensor,
+    num_steps: int = 1000,
+    num_chains: int = 16,
+    batch_size: int = 100,
+    leapfrog_steps: int = 10,
+    seed: int = 0,
+) -> Tensor:
+    """log p(x) of each image by annealed importance sampling: (N,), nats, on the CPU. eq. annealed-importance-sampling
+
+    Each chain starts at a draw of the prior and goes through p(z) p(x given z)^t from t = 0 to 1 (a sigmoid's course), by one
+    transition of Hamiltonian Monte Carlo at each t (Neal 2001; Wu, Burda, Salakhutdinov and Grosse 2017). The encoder is not used, so
+    this checks `log_likelihood`. It is a lower bound in expectation, tighter with more steps and chains. For that the step size must
+    not follow the chain that it moves: `PILOTS` more chains adapt it towards 65 % acceptance, for each image, and are left out.
+    A model of several layers is annealed in the noise that `VAE.sample_prior` makes z of. The noise belongs to the image.
+
+    Args:
+        num_steps: steps from t = 0 to 1.
+        num_chains: chains per image; (num_chains + PILOTS) * batch_size codes are decoded at once.
+        batch_size: images per chunk.
+        leapfrog_steps: gradients in each transition.
+
+    Raises:
+        ValueError: If the model's score is no likelihood.
+    """
+    for name, value in (("num_steps", num_steps), ("num_chains", num_chains), ("leapfrog_steps", leapfrog_steps)):
+        check_int(name, value)
+    check_normalized(model)
+    course = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64).sigmoid()
+    schedule = ((course - course[0]) / (course[-1] - course[0])).tolist()
+    estimates = []
+    with evaluating(model):
+        for bound, x, keys in given_labels(model, images, batch_size, seed):
+            log_weights = _anneal(bound, x, keys, schedule, num_chains, leapfrog_steps)
+            estimates.append((torch.logsumexp(log_weights, 0) - math.log(num_chains)).float())
+    return torch.cat(estimates)
+
+
+def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chains: int, leapfrog_steps: int) -> Tensor:
+    """The log-weight of each chain, float64 (num_chains, N), on the CPU."""
+    chains, dim = PILOTS + num_chains, model.latent_dim
+
+    def normal(step: int) -> Tensor:  # (chains, N, L)
+        return noise.normal_noise(keys, (chains, dim), ANNEAL, step * chains * dim).transpose(0, 1).to(x)
+
+    def score(z: Tensor) -> tuple[Tensor, Tensor]:
+        """log p(x given z), (chains, N), and its gradient (chains, N, L)."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            value = model._score(x, model.decode(model.sample_prior(z.flatten(0, 1))))
+            return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+
+    z = normal(0)
+    value, gradient = score(z)
+    step_size = torch.full_like(x[:, :1, 0, 0], 0.5)  # (N, 1)
+    log_weights = torch.zeros(num_chains, len(x), dtype=torch.float64)  # on the CPU: MPS has no float64
+    for step, (before, t) in enumerate(pairwise(schedule)):
+        log_weights += (t - before) * value[PILOTS:].cpu().double()
+        new, new_value, new_gradient, momentum = z, value, gradient, normal(step + 1)
+        energy = 0.5 * (z.square() + momentum.square()).sum(-1) - t * value
+        for _ in range(leapfrog_steps):
+            momentum = momentum + 0.5 * step_size * (t * new_gradient - new)
+            new = new + step_size * momentum
+            new_value, new_gradient = score(new)
+            momentum = momentum + 0.5 * step_size * (t * new_gradient - new)
+        new_energy = 0.5 * (new.square() + momentum.square()).sum(-1) - t * new_value
+        acceptance = (energy - new_energy).exp().clamp(max=1).nan_to_num(0)  # (chains, N); NaN where the path diverged
+        moved = acceptance > noise.uniform_noise(keys, (chains,), ACCEPT, step * chains).T
+        z, gradient = (torch.where(moved[..., None], *pair) for pair in ((new, z), (new_gradient, gradient)))
+        value = torch.where(moved, new_value, value)
+        step_size = step_size * (0.3 * (acceptance[:PILOTS].mean(0) - 0.65)).exp()[:, None]
+    return log_weights
+
+
+def refine_posterior(
+    model: VAE, x: Tensor, steps: int = 300, learning_rate: float = 0.1, num_samples: int = 8, seed: int = 0, validate: bool = True
+) -> Posterior:
+    """The best diagonal Gaussian q for each image on its own, not through the encoder: mean and log_var, each (N, L), where x is.
+
+    From the encoder's q the ELBO is ascended over mean and log_var by Adam, with fresh draws at each step and a learning rate that
+    falls to 0; the networks stay as they are. The draws belong to the image. Kim et al. 2018; Cremer, Li and Duvenaud 2018.
+
+    Args:
+        x: (N, C, H, W), as `likelihood.observe` gives it.
+        steps: of the ascent; 0 gives the encoder's q.
+        learning_rate: of the first step, above 0.
+        num_samples: draws per image and step.
+        validate: whether the values of x are checked.
+
+    Raises:
+        ValueError: For a model whose prior is not N(0, I) in one piece, such as a hierarchical one.
+    """
+    check_int("steps", steps, minimum=0)
+    check_number("learning_rate", learning_rate, exclusive=True)
+    shape = (check_int("num_samples", num_samples), model.latent_dim)
+    with evaluating(model):
+        _, posterior, prior = model.infer(x, 1, x.new_zeros(1, len(x), model.latent_dim), None, validate)
+        if prior is not None:
+            raise ValueError("model: got one with a learned prior, expected one whose prior is N(0, I)")
+        keys = noise.image_keys(x.contiguous().view(torch.uint8), seed)
+        q = Posterior(*(value[0].clone().requires_grad_() for value in posterior))
+        optimizer = torch.optim.Adam(q, betas=(0.9, 0.95))  # a short memory: the first gradients may be huge
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps) ** 2
+            eps = noise.normal_noise(keys, shape, REFINE, step * math.prod(shape)).transpose(0, 1).to(x)
+            with torch.enable_grad():
+                z = reparameterize(*(value.expand_as(eps) for value in q), eps)
+                negative_elbo = gaussian_kl(*q) - model._log_likelihood(x, z).mean(0)
+                q.mean.grad, q.log_var.grad = torch.autograd.grad(negative_elbo.sum(), q)
+            optimizer.step()
+    return Posterior(*(value.detach() for value in q))
+
+
+class InferenceGaps(NamedTuple):
+    """What a better q would gain, image by image: each (N,), nats, on the CPU. eq. amortization-gap
+
+    Attributes:
+        elbo: of the encoder's q.
+        refined_elbo: of the best diagonal q found, see `refine_posterior`.
+        log_likelihood: an importance-weighted estimate of log p(x); itself a lower bound in expectation.
+    """
+
+    elbo: Tensor
+    refined_elbo: Tensor
+    log_likelihood: Tensor
+
+    @property
+    def amortization(self) -> Tensor:
+        """What the encoder loses against the best diagonal q: (N,), nats. eq. amortization-gap"""
+        return self.refined_elbo - self.elbo
+
+    @property
+    def approximation(self) -> Tensor:
+        """What the best diagonal q loses against the posterior, at least: (N,), nats. eq. amortization-gap"""
+        return self.log_likelihood - self.refined_elbo
+
+
+def inference_gaps(
+    model: VAE,
+    images: ImageSet | Tensor,
+    num_samples: int = 1000,
+    steps: int = 300,
+    learning_rate: float = 0.1,
+    batch_size: int = 100,
+    sample_batch: int = 100,
+    seed: int = 0,
+) -> InferenceGaps:
+    """The gap log p(x) - ELBO of each image, split at the best diagonal q. Cremer, Li and Duvenaud 2018. eq. amortization-gap
+
+    Both ELBOs meet the same noise, so that their difference is not noise. The proposal for log p(x) is the even mixture of the two
+    q's, whose draws are there already: every weight has the density of the mixture below it (the balance heuristic, Veach and
+    Guibas 1995), so that one good q of the two is enough. To take the larger of two estimates would be no lower bound.
+
+    Args:
+        num_samples: draws per image from each q.
+        steps, learning_rate: of `refine_posterior`.
+        batch_size: images per chunk; batch_size * sample_batch codes are decoded at once. The result depends on neither number.
+
+    Raises:
+        ValueError: If the model's score is no likelihood, or its prior is not N(0, I) in one piece.
+    """
+    check_int("num_samples", num_samples)
+    check_int("sample_batch", sample_batch)
+    check_normalized(model)
+    chunks = []
+    with evaluating(model):
+        for bound, x, keys in given_labels(model, images, batch_size, seed):
+            proposals = (bound.encode(x), refine_posterior(bound, x, steps, learning_rate, seed=seed, validate=False))
+            elbos = [-gaussian_kl(*q).cpu().double() for q in proposals]
+            total = torch.full((len(x),), -math.inf, dtype=torch.float64)
+            for start in range(0, num_samples, sample_batch):
+                shape = (min(sample_batch, num_samples - start), model.latent_dim)
+                eps = noise.normal_noise(keys, shape, noise.LATENT, start * model.latent_dim).transpose(0, 1).to(x)
+                for side, q in enumerate(proposals):
+                    z = reparameterize(*(value.expand_as(eps) for value in q), eps)
+                    log_likelihood = bound._log_likelihood(x, z)
+                    elbos[side] += log_likelihood.cpu().double().sum(0) / num_samples
+                    densities = [gaussian_log_density(z, *(value.expand_as(z) for value in p)) for p in proposals]
+                    log_prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z))
+                    log_weights = log_likelihood + log_prior - torch.logaddexp(*densities)  # twice the mixture's density
+                    total = torch.logaddexp(total, torch.logsumexp(log_weights, 0).cpu().double())
+            chunks.append((*elbos, total - math.log(num_samples)))  # K draws of each q, weights of half the size: 2 cancels
+    return InferenceGaps(*(torch.cat(values).float() for values in zip(*chunks, strict=True)))
 
 
 def posteriors(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Posterior:

@@ -147,6 +147,7 @@ def run(name, row):
     precision = average_precision(first(RANKED), test.labels[:RANKED], database, train.labels, distance)
     scores = score_retrieval(train.labels[found.indices], test.labels[:count], train.labels, mean_average_precision=precision)
     scores |= {"num_queries": count, "num_ranked": RANKED}
+    scores["largest_hub"] = found.indices.flatten().bincount().max().item() / count  # share of queries that have one image among their ten
     metrics = scores | {"train_seconds": round(seconds, 1), "search_seconds": round(searched, 1), "dimensions": LATENTS[name]}
     return entry(f"python book/_scripts/retrieval_rows.py {name}.{row}", 0, seconds + searched, metrics)
 
