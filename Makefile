@@ -5,9 +5,9 @@ READY := .venv/.ready
 # Small models run faster on one thread than on two that spin.
 ONE_THREAD := OMP_NUM_THREADS=1
 CHAPTERS_STRICT := book/elbo.ipynb
-CHAPTERS_LAX := book/mnist-mlp.ipynb book/cifar-conv.ipynb book/generation.ipynb book/retrieval.ipynb
+CHAPTERS_LAX := book/mnist-mlp.ipynb book/cifar-conv.ipynb book/generation.ipynb book/retrieval.ipynb book/evaluation.ipynb book/mistakes.ipynb
 
-.PHONY: help rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: help assignment rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help:
 	@echo "make book       render the book to _build/html/index.html"
@@ -17,6 +17,7 @@ help:
 	@echo "make execute    re-run the notebooks on real data and store their outputs and results"
 	@echo "make rows       train and score the rows of the CIFAR tables that are missing"
 	@echo "make retrieval-rows  the same for the retrieval tables"
+	@echo "make assignment  write the students' notebook from its source"
 	@echo "make features   train the small classifier whose features score samples"
 	@echo "make equations  table: labelled equation -> function -> test"
 	@echo "make mutants    break the loss in every way; list what no test notices"
@@ -57,6 +58,9 @@ rows: $(READY)
 
 retrieval-rows: $(READY)
 	$(BIN)/python book/_scripts/retrieval_rows.py
+
+assignment: $(READY)
+	$(BIN)/python book/_scripts/assignment.py
 
 features: $(READY)
 	$(BIN)/python book/_scripts/features.py

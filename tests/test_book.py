@@ -12,7 +12,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
-CHAPTERS = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval"]
+CHAPTERS = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval", "evaluation", "mistakes"]
 SETUP = "elbo"  # the chapter whose first cell is everybody's
 
 

@@ -12,8 +12,8 @@ from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).parent.parent
 HTML = ROOT / "_build" / "html"
-PAGES = ["intro", "elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval", "notation", "api", "references"]
-CHAPTERS = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval"]
+CHAPTERS = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval", "evaluation", "mistakes"]
+PAGES = ["intro", *CHAPTERS, "assignments/vae-assignment", "protocol", "notation", "api", "references"]
 
 pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the book is not built: run make book first")
 
