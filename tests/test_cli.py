@@ -22,6 +22,12 @@ def run_folder(vaelib_command, tmp_path_factory):
     return folder
 
 
+def test_version_and_help_say_what_this_is(vaelib_command):
+    assert vaelib_command("--version").stdout == f"vaelib {vaelib.__version__}\n"
+    listed = vaelib_command("--help").stdout
+    assert all(f"\n  {name} " in listed for name in ("train", "evaluate", "sample", "index", "search", "reproduce"))
+
+
 def test_train_leaves_a_model_its_history_and_a_record_of_the_run(run_folder):
     files = ["checkpoint.pt", "config.json", "history.jsonl", "model.safetensors", "run.json"]
     assert sorted(path.name for path in run_folder.iterdir()) == files

@@ -46,6 +46,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and no
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
 
+def print_version(asked: bool) -> None:
+    """Print the version and end, where it was asked for."""
+    if asked:
+        import vaelib
+
+        print("vaelib", vaelib.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)] = False,
+) -> None:
+    """What stands before a command."""
+
+
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Print a result: one JSON object, or a line for each value."""
     if as_json:
@@ -233,7 +249,7 @@ def data_of(run: Path, data: str) -> str:
 def evaluate(
     run: Folder,
     data: Annotated[str, typer.Option(help="Image set; by default the one the model was trained on.")] = "",
-    split: Annotated[str, typer.Option(help="test or train.")] = "test",
+    split: Annotated[str, typer.Option(help="test or train; of binarized-mnist also valid.")] = "test",
     num_samples: Annotated[int, typer.Option(help="Importance samples per image for log p(x); 0 leaves it out.")] = 0,
     elbo_samples: Annotated[int, typer.Option(help="Draws per image for the ELBO.")] = 10,
     seed: int = 0,
