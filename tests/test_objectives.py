@@ -50,6 +50,21 @@ def test_gaussian_kl_matches_monte_carlo(generator):
     assert ((gaussian_kl(mean, log_var) - ratio.mean(0)).abs() < 4 * error).all()
 
 
+@pytest.mark.equation("implied-beta")
+def test_means_over_pixels_and_latents_train_the_beta_vae_that_they_imply(small_vae, generator, digits):
+    x = small_vae.likelihood.observe(digits.pixels[:8], generator)
+    eps = torch.randn(1, 8, 4, generator=generator)
+    pixels, latents = 784, 4
+
+    def gradient(objective):
+        return torch.cat([g.flatten() for g in torch.autograd.grad(objective(small_vae.elbo(x, 1, eps)), list(small_vae.parameters()))])
+
+    cases = {(1 / pixels, 1 / latents): pixels / latents, (1 / pixels, 1): pixels, (1, 1 / latents): 1 / latents, (2, 1): 1 / 2}
+    for (a, b), beta in cases.items():
+        wrong = gradient(lambda terms, a=a, b=b: (-a * terms.log_likelihood + b * terms.kl).mean())
+        torch.testing.assert_close(wrong, a * gradient(lambda terms, beta=beta: loss(terms, beta)), rtol=1e-3, atol=1e-5)
+
+
 def test_gaussian_kl_sums_over_the_last_axis_only():
     mean, log_var = torch.ones(2, 3, 4), torch.zeros(2, 3, 4)
     assert torch.equal(gaussian_kl(mean, log_var), torch.full((2, 3), 2.0))

@@ -67,7 +67,8 @@ def gaussian_log_density(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
 def beta_elbo(terms: ElboTerms, beta: float | Tensor = 1.0) -> Tensor:
     """log_likelihood - beta * kl: (N,), nats. eq. beta-elbo
 
-    A bound on log p(x) for beta >= 1 only. Higgins et al. 2017.
+    A bound on log p(x) for beta >= 1 only. A loss with weights a and b on the two terms is a times this one with beta = b / a:
+    means over D pixels and L latents, in place of sums, make beta D / L. eq. implied-beta. Higgins et al. 2017.
 
     Raises:
         ValueError: If beta is negative or not one number.
