@@ -255,12 +255,12 @@ class InferenceGaps(NamedTuple):
 
     @property
     def amortization(self) -> Tensor:
-        """What the encoder loses against the best diagonal q: (N,), nats. eq. amortization-gap"""
+        """(N,), nats, what the encoder loses against the best diagonal q. eq. amortization-gap"""
         return self.refined_elbo - self.elbo
 
     @property
     def approximation(self) -> Tensor:
-        """What the best diagonal q loses against the posterior, at least: (N,), nats. eq. amortization-gap"""
+        """(N,), nats, what the best diagonal q loses against the posterior, at least. eq. amortization-gap"""
         return self.log_likelihood - self.refined_elbo
 
 

@@ -42,7 +42,9 @@ class Budget:
 
     Attributes:
         epochs: passes over the training images, for each number of samples k.
-        batch_size, learning_rate, schedule: as in `TrainConfig`.
+        batch_size: as in `TrainConfig`, like the next two.
+        learning_rate: its highest value.
+        schedule: its course.
         num_samples: draws per image of the importance-weighted estimate on the test set.
     """
 
