@@ -187,6 +187,7 @@ def test_no_chapter_defines_what_the_library_has():
 
 def test_citations_are_in_the_bibliography():
     known = set(re.findall(r"^@\w+\{([^,]+),", (BOOK / "references.bib").read_text(), re.MULTILINE))
-    cited = {key for name in CHAPTERS for keys in re.findall(r"\{cite\}`([^`]+)`", prose(name)) for key in keys.split(",")}
+    texts = [prose(name) for name in CHAPTERS] + [page.read_text() for page in BOOK.glob("*.md")]
+    cited = {key for text in texts for keys in re.findall(r"\{cite\}`([^`]+)`", text) for key in keys.split(",")}
     assert cited <= known
     assert known == cited  # and nothing in it goes uncited
