@@ -172,3 +172,11 @@ def test_models_without_such_gaps_and_bad_arguments_are_refused(generator):
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("learning_rate", [10.0, 100.0])
+def test_an_ascent_that_diverges_leaves_the_encoder_s_q(learning_rate, generator):
+    _, model, pixels = oracle_and_vae(3, generator)
+    gaps = inference_gaps(model, pixels, num_samples=200, steps=20, learning_rate=learning_rate)
+    assert gaps.refined_elbo.isfinite().all()
+    assert (gaps.amortization > -2).all()  # but for the noise of the choice by 64 draws

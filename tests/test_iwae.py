@@ -1,5 +1,6 @@
 """The importance-weighted objective and its doubly reparameterized gradient, the two layers of Burda et al., and their table."""
 
+import dataclasses
 import json
 import math
 
@@ -147,6 +148,8 @@ def test_options_that_do_not_go_with_the_objective_are_refused(options, message)
 def test_the_doubly_reparameterized_gradient_is_refused_for_layers(digits):
     model = two_layer_vae((1, 28, 28), ((16,), (8,)), (4, 2))
     with pytest.raises(ValueError, match="objective: got 'dreg' for a model with several layers of latents"):
+        model(model.likelihood.observe(digits.pixels[:2]), torch.randn(3, 2, 6), "dreg")
+    with pytest.raises(ValueError, match="objective: got 'dreg' for a model with several layers of latents"):
         fit(model, digits[:100], None, TrainConfig(epochs=1, batch_size=50, objective="dreg", num_samples=2, **QUIET))
 
 
@@ -261,7 +264,7 @@ SMALL = Budget({1: 2, 5: 1, 50: 1}, num_samples=20)
 
 
 def test_a_row_says_what_was_trained_and_what_came_out(digits, tmp_path):
-    train, test = digits[:400], digits[1400:1450]
+    train, test = (dataclasses.replace(part, name="mnist") for part in (digits[:400], digits[1400:1450]))
     model, row = iwae_row(train, test, 2, "iwae", 5, SMALL, folder=tmp_path, progress=False, device="cpu")
     assert row["nll"] == pytest.approx(-vaelib.log_likelihood(model, test, 20).mean().item())
     assert (row["paper_nll"], row["paper_active_units"]) == (83.89, [21, 5])
@@ -273,9 +276,17 @@ def test_a_row_says_what_was_trained_and_what_came_out(digits, tmp_path):
 
 
 def test_with_one_draw_both_columns_are_the_same_run(digits):
-    rows = [iwae_row(digits[:200], digits[1400:1420], 1, name, 1, SMALL, progress=False, device="cpu")[1] for name in ("vae", "iwae")]
+    train, test = (dataclasses.replace(part, name="mnist") for part in (digits[:200], digits[1400:1420]))
+    rows = [iwae_row(train, test, 1, name, 1, SMALL, progress=False, device="cpu")[1] for name in ("vae", "iwae")]
     assert rows[0]["nll"] == rows[1]["nll"]
     assert rows[0]["paper_nll"] == rows[1]["paper_nll"] == PAPER[1, "vae", 1][0] == 86.76
+
+
+def test_a_budget_that_makes_no_sense_is_refused_before_the_training():
+    with pytest.raises(ValueError, match="num_samples: got int 0"):
+        Budget({1: 1}, num_samples=0)
+    with pytest.raises(ValueError, match="epochs: got float 0.5"):
+        Budget({1: 0.5})
 
 
 def test_the_paper_s_budget_is_the_paper_s_recipe():
@@ -293,11 +304,11 @@ def test_the_command_adds_its_row_to_the_ledger(monkeypatch, tmp_path):
     done = CliRunner().invoke(app, ["reproduce", "iwae", "-k", "5", *options])
     assert done.exit_code == 0, done.output
     rows = json.loads(ledger.read_text())
-    assert set(rows) == {"other", "1-iwae-5.minutes"}
-    metrics = rows["1-iwae-5.minutes"]["metrics"]
+    assert set(rows) == {"other", "digits-1-iwae-5.minutes"}
+    metrics = rows["digits-1-iwae-5.minutes"]["metrics"]
     assert metrics["nll"] == json.loads(done.stdout)["nll"]
-    assert metrics["budget"] == "minutes"
-    assert {"command", "seed", "commit", "hardware", "versions", "seconds"} <= set(rows["1-iwae-5.minutes"])
+    assert (metrics["budget"], metrics["data"], metrics["paper_nll"]) == ("minutes", "digits", None)  # the paper's numbers are MNIST's
+    assert {"command", "seed", "commit", "hardware", "versions", "seconds"} <= set(rows["digits-1-iwae-5.minutes"])
     assert vaelib.load(tmp_path / "runs" / "digits-1-iwae-5.minutes").latent_dim == 50
 
 

@@ -451,16 +451,15 @@ def reproduce(
 ) -> None:
     """Train and score one row of a paper's table."""
     check_choice("table", table, ("iwae",))
-    rows = json.loads(ledger.read_text(encoding="utf-8")) if ledger and ledger.exists() else {}
-    name = f"{layers}-{objective if k > 1 else 'vae'}-{k}.{budget}" + f".seed{seed}" * (seed > 0)
-    folder = writable_folder("out", out / f"{data}-{name}")
+    name = f"{data}-{layers}-{objective if k > 1 else 'vae'}-{k}.{budget}" + f".seed{seed}" * (seed > 0)
+    folder = writable_folder("out", out / name)
     train, test = load_images(data), load_images(data, "test")
-    began = time.perf_counter()
     model, row = iwae_row(train, test, layers, objective, k, budget, seed, device, folder, not as_json)
     save(model, folder)
-    made = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, time.perf_counter() - began, {"data": data, **row})
+    made = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, row["train_seconds"] + row["score_seconds"], row)
     write_text(folder / RUN, json.dumps(made, indent=2) + "\n")
     if ledger:
+        rows = json.loads(ledger.read_text(encoding="utf-8")) if ledger.exists() else {}
         write_text(ledger, json.dumps(rows | {name: made}, indent=2) + "\n")
     show({"row": name, "out": str(folder), **row}, as_json)
 

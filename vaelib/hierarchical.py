@@ -210,7 +210,7 @@ class TwoLayerVAE(VAE):
         """q along the path on which h1 is its posterior's mean: deterministic, mean and log_var, each (N, L)."""
         self.check_input(x, validate)
         below = self.encoder[0](x)
-        return joined([Posterior(*self.encoder[1](below[0])), Posterior(*below)])
+        return Posterior(*(part.to(x.dtype) for part in joined([Posterior(*self.encoder[1](below[0])), Posterior(*below)])))
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's params at h1, the second part of z: (N, L) -> (N, P, H, W), in the dtype of z."""

@@ -54,6 +54,10 @@ class Budget:
     schedule: Any = "cosine"
     num_samples: int = 5000
 
+    def __post_init__(self) -> None:
+        for name, value in (("num_samples", self.num_samples), *(("epochs", number) for number in self.epochs.values())):
+            check_int(name, value)
+
 
 BUDGETS = {
     "paper": Budget(dict.fromkeys((1, 5, 50), (3**STAGES - 1) // 2), 20, 1e-3, paper_schedule),
@@ -94,7 +98,8 @@ def iwae_row(
 ) -> tuple[VAE, dict[str, Any]]:
     """Train one row of the table by the paper's recipe and score it on the test set.
 
-    Binarization is dynamic, Adam has eps = 1e-4, and a unit is active where Var_x(E[z given x]) > 0.01.
+    Binarization is dynamic, Adam has eps = 1e-4, and a unit is active where Var_x(E[z given x]) > 0.01. (Of two layers the upper one
+    is taken along the path of the lower one's means.)
 
     Args:
         train, test: the images; the paper trains on all 60000 of MNIST.
@@ -105,7 +110,8 @@ def iwae_row(
 
     Returns:
         The model, and the row: the negative log-likelihood ``nll`` in nats with its standard error, ``active_units`` of each layer from
-        the lowest up, the paper's two numbers, the budget's values, and the seconds of training and of scoring.
+        the lowest up, the paper's two numbers (of MNIST; None for other images), the budget's values, and the seconds of training and
+        of scoring.
     """
     check_choice("objective", objective, OBJECTIVES)
     name = budget if isinstance(budget, str) else "custom"
@@ -123,9 +129,10 @@ def iwae_row(
     estimate = log_likelihood(model, test, budget.num_samples)
     active = active_units(model, test)
     counts = [int(part.sum()) for part in active.split(getattr(model, "split", (model.latent_dim,)))][::-1]
-    nll, units = PAPER.get((layers, "vae" if k == 1 else objective, k), (None, ()))
+    published = PAPER.get((layers, "vae" if k == 1 else objective, k)) if test.name == "mnist" else None
+    nll, units = published or (None, ())
     return model, {
-        "layers": layers, "objective": objective, "k": k, "budget": name, **asdict(budget), "schedule": config.as_dict()["schedule"],
+        "data": test.name, "layers": layers, "objective": objective, "k": k, "budget": name, **asdict(budget), "schedule": config.as_dict()["schedule"],
         "epochs": len(history), "steps": len(history) * math.ceil(len(train) / budget.batch_size), "seed": seed,
         "nll": -estimate.double().mean().item(), "nll_standard_error": standard_error(estimate), "active_units": counts,
         "paper_nll": nll, "paper_active_units": list(units), "device": history.device, "num_test_images": len(test),

@@ -91,6 +91,8 @@ class VAE(nn.Module):
         num_samples = 1 if eps is None else len(eps)
         if objective == "elbo":
             return self.elbo(x, num_samples, eps, validate=False)
+        if objective == "dreg" and self.layered:
+            raise ValueError("objective: got 'dreg' for a model with several layers of latents, expected 'iwae' or a model with one")
         log_likelihood, z, posterior, prior = self._infer_and_score(x, num_samples, eps, None, False)
         kl = mean_over_samples(self._kl_per_unit(z, posterior, prior)).detach()
         if objective == "dreg":
