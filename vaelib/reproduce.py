@@ -132,7 +132,8 @@ def iwae_row(
     published = PAPER.get((layers, "vae" if k == 1 else objective, k)) if test.name == "mnist" else None
     nll, units = published or (None, ())
     return model, {
-        "data": test.name, "layers": layers, "objective": objective, "k": k, "budget": name, **asdict(budget), "schedule": config.as_dict()["schedule"],
+        "data": test.name, "layers": layers, "objective": objective, "k": k, "budget": name,
+        **asdict(budget), "schedule": config.as_dict()["schedule"],
         "epochs": len(history), "steps": len(history) * math.ceil(len(train) / budget.batch_size), "seed": seed,
         "nll": -estimate.double().mean().item(), "nll_standard_error": standard_error(estimate), "active_units": counts,
         "paper_nll": nll, "paper_active_units": list(units), "device": history.device, "num_test_images": len(test),
