@@ -268,8 +268,10 @@ class InferenceGaps(NamedTuple):
 
     @property
     def approximation(self) -> Tensor:
-        """(N,), nats, what the best diagonal q loses against the posterior: too large by what the ascent missed, too small by what
-        the estimate of log p(x) does. eq. amortization-gap"""
+        """(N,), nats, what the refined q loses against the posterior. eq. amortization-gap
+
+        It is too large by what the ascent missed, and too small by what the estimate of log p(x) did.
+        """
         return self.log_likelihood - self.refined_elbo
 
 
