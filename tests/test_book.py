@@ -104,6 +104,19 @@ def test_numbers_in_nats_are_traced():
     assert loose == []
 
 
+def test_every_mistake_of_the_chapter_that_a_checker_was_shown_is_named_by_it():
+    from vaelib import checks
+
+    rows = json.loads((ROOT / "results" / "mistakes.json").read_text())["metrics"]["rows"]
+    shown = {key: row["checker"].split(": ") for key, row in rows.items() if row["checker"] != "none"}
+    assert len(shown) >= 20
+    for key, (checker, mistake) in shown.items():
+        tables = re.findall(r"\w+_MISTAKES", getattr(checks, checker).__doc__)
+        listed = re.findall(r'"([a-z-]+)"', getattr(checks, checker).__doc__)
+        assert mistake in {name for table in tables for name in getattr(checks, table)} | set(listed), key
+    assert sum("twin" in row for row in rows.values()) >= 18
+
+
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapter_has_its_parts(name):
     text = prose(name)

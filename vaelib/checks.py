@@ -256,6 +256,13 @@ ELBO_MISTAKES: Mistakes = {  # x, m: mean, s: log_var, o: logits; a: all four
         lambda x, m, s, o: bernoulli(x, o) / x[0].numel() - kl(m, s),
         lambda x, m, s, o: (bernoulli(x, o) / x[0].numel() - kl(m, s)).mean(),
     ),
+    "mean-both": (
+        "both terms are averaged, over the pixels and over the latents: the KL then counts too much; add both up",
+        *(
+            lambda x, m, s, o: bernoulli(x, o) / x[0].numel() - units(m, s).mean(-1),
+            lambda x, m, s, o: (bernoulli(x, o) / x[0].numel() - units(m, s).mean(-1)).mean(),
+        ),
+    ),
     "mean-batch": ("the ELBO is averaged over the batch; keep one number for each image", lambda *a: bernoulli_elbo(*a).mean()),
     "sum-batch": ("the ELBO is added up over the batch; keep one number for each image", lambda *a: bernoulli_elbo(*a).sum()),
     "twice": ("the log-likelihood is counted twice", lambda x, m, s, o: 2 * bernoulli(x, o) - kl(m, s)),
@@ -593,6 +600,7 @@ TRAINING_MISTAKES: Mistakes = {  # a: log-likelihood, b: KL
     "one-noise": ("all images of a batch share one noise", training_step(negative_elbo, shared=True)),
     "sum-batch": ("the loss is added up over the batch; take the mean", training_step(lambda a, b: (b - a).sum())),
     "mean-pixels": ("the log-likelihood is averaged over the pixels", training_step(lambda a, b: (b - a / 16).mean())),
+    "mean-both": ("both terms are averaged, over pixels and latents", training_step(lambda a, b: (b / 2 - a / 16).mean())),
     "mean-latents": ("the KL is averaged over the latent dimensions", training_step(lambda a, b: (b / 2 - a).mean())),
     "no-kl": ("the KL is missing: this is an autoencoder", training_step(lambda a, b: -a.mean())),
     "kl-subtracted": ("the KL is subtracted from the loss; add it", training_step(lambda a, b: (-a - b).mean())),
