@@ -7,7 +7,10 @@ ONE_THREAD := OMP_NUM_THREADS=1
 CHAPTERS_STRICT := book/elbo.ipynb
 CHAPTERS_LAX := book/mnist-mlp.ipynb book/cifar-conv.ipynb book/generation.ipynb book/retrieval.ipynb book/evaluation.ipynb book/mistakes.ipynb
 
-.PHONY: help assignment rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+# What pins the versions; `make setup CONSTRAINTS=` takes the newest.
+CONSTRAINTS = --constraint constraints.txt
+
+.PHONY: help colab-check dist links matrix assignment rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help:
 	@echo "make book       render the book to _build/html/index.html"
@@ -22,13 +25,17 @@ help:
 	@echo "make equations  table: labelled equation -> function -> test"
 	@echo "make mutants    break the loss in every way; list what no test notices"
 	@echo "make benchmark  images per second of the trainer, beside the usual ways"
-	@echo "make lint       ruff"
+	@echo "make lint       ruff and mypy"
+	@echo "make matrix     unit tests on each Python that is here, with the oldest and the newest dependencies (hours; GBs in a temporary folder)"
+	@echo "make colab-check  each chapter installs vaelib and runs as on Colab"
+	@echo "make links      check the book's links (needs the network)"
+	@echo "make dist       build and check the wheel and the source archive"
 
 setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[book,test]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[book,test]" $(CONSTRAINTS)
 	touch $(READY)
 
 test: test-unit test-notebooks
@@ -77,6 +84,22 @@ benchmark: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+matrix:
+	$(PYTHON) tests/matrix.py
+
+colab-check: $(READY)
+	$(BIN)/python book/_scripts/colab_check.py
+
+links: $(READY)
+	$(BIN)/jupyter-book build book --config _config.yml --path-output _build/links --builder linkcheck
+
+dist: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check twine
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
-	rm -rf _build mutants .pytest_cache
+	rm -rf _build build dist mutants .pytest_cache .mypy_cache

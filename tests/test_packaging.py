@@ -2,12 +2,18 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import yaml
+
+import vaelib
 
 ROOT = Path(__file__).parent.parent
 
@@ -82,3 +88,57 @@ def test_imports_run_one_way_down_the_order_of_the_modules():
     for place, module in enumerate(ORDER):
         assert imports_of(module) <= set(ORDER[:place]), module
     assert not {"training", "cli"} & imports_of("plotting")
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """The wheel and the source archive, built without network from a copy: a build leaves files behind."""
+    for needed, lowest in (("build", 1), ("setuptools", 77)):
+        try:
+            found = version(needed)
+        except PackageNotFoundError:
+            pytest.skip(f"{needed} is not installed, and without a network nothing can be built: pip install {needed}")
+        if int(found.split(".")[0]) < lowest:
+            pytest.skip(f"{needed} {found} is here, but {lowest} is the oldest that builds the library")
+    folder = tmp_path_factory.mktemp("build") / "project"
+    skipped = shutil.ignore_patterns(".*", "_*", "*.egg-info", "build", "dist", "mutants", "runs", "results")
+    shutil.copytree(ROOT, folder, ignore=lambda here, names: skipped(here, names) - {"__init__.py", "__main__.py", "_validation.py"})
+    made = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist")]
+    subprocess.run(made, cwd=folder, capture_output=True, check=True)
+    (wheel,), (source,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
+    return wheel, source
+
+
+def library_files():
+    files = [path for path in (ROOT / "vaelib").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {str(path.relative_to(ROOT)) for path in files}
+
+
+def test_the_wheel_holds_the_library_its_assets_and_its_types_and_nothing_else(distributions):
+    names = set(zipfile.ZipFile(distributions[0]).namelist())
+    assert {"vaelib/py.typed", "vaelib/assets/page.js", "vaelib/assets/mnist-features.safetensors"} <= names
+    assert {name for name in names if ".dist-info/" not in name} == library_files()
+
+
+def test_the_source_archive_holds_what_the_wheel_is_built_from_and_no_book(distributions):
+    with tarfile.open(distributions[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert library_files() | {"pyproject.toml", "README.md", "LICENSE"} <= names
+    assert not {name for name in names if name.split("/")[0] in ("book", "results", "benchmarks")}
+
+
+def test_the_version_has_one_source_and_the_citation_repeats_it(distributions):
+    wheel = zipfile.ZipFile(distributions[0])
+    read = lambda name: wheel.read(f"vaelib-{vaelib.__version__}.dist-info/{name}").decode()  # noqa: E731
+    assert f"\nVersion: {vaelib.__version__}\n" in read("METADATA")
+    assert "vaelib = vaelib.cli:main" in read("entry_points.txt")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == vaelib.__version__
+
+
+def test_every_ignored_type_names_its_code_and_ruff_and_mypy_are_what_make_lint_runs():
+    for path in (ROOT / "vaelib").glob("*.py"):
+        for line in path.read_text().splitlines():
+            assert "type: ignore" not in line or re.search(r"# type: ignore\[[a-z, -]+\]", line), f"{path.name}: {line}"
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
+    assert [line.split("/")[-1].split()[0] for line in recipe.splitlines()] == ["ruff", "mypy"]
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["strict"] is True

@@ -38,9 +38,10 @@ def check_int(argument: str, value: Any, minimum: int = 1) -> int:
 
 def check_seed(argument: str, value: Any) -> int:
     """`value` as a seed: an integer from 0 to 2**63 - 1."""
-    if check_int(argument, value, minimum=0) >= 2**63:
+    seed = check_int(argument, value, minimum=0)
+    if seed >= 2**63:
         raise ValueError(f"{argument}: got {value}, expected an integer below 2**63")
-    return value
+    return seed
 
 
 def check_number(argument: str, value: Any, minimum: float = 0.0, *, exclusive: bool = False) -> float:

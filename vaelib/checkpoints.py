@@ -21,9 +21,9 @@ VERSION = 1
 
 def fingerprint(images: ImageSet, labels: bool = False) -> str:
     """A hash of the pixels in their order, and of their labels where asked for: which images a run was trained on."""
-    digest = hashlib.blake2b(images.pixels.cpu().contiguous().numpy(), digest_size=16)
+    digest = hashlib.blake2b(images.pixels.cpu().contiguous().numpy().data, digest_size=16)
     if labels:
-        digest.update(images.labels.cpu().contiguous().numpy())
+        digest.update(images.labels.cpu().contiguous().numpy().data)
     return f"{images.name} {tuple(images.pixels.shape)} {digest.hexdigest()}"
 
 
@@ -68,7 +68,7 @@ def read_checkpoint(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     """
     path = folder / FILE
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         version = state["version"]
     except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.PickleError, zipfile.BadZipFile) as error:
         reason = str(error).split(".")[0].strip()

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,10 @@ from vaelib.objectives import importance_weighted_bound as bound
 from vaelib.retrieval import nearest_neighbours
 from vaelib.vae import VAE, mlp_vae, reparameterize
 
+T = TypeVar("T")
 Mistakes = dict[str, tuple[Any, ...]]
-TOLERANCE = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}  # float32 sums of a few hundred terms
+Case = dict[str, Any]
+TOLERANCE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}  # float32 sums of a few hundred terms
 RUNS, LEARNING_RATE = 50, 1e-3  # of a training step, each run with its own noise
 
 
@@ -74,7 +76,7 @@ def verdict(check: Callable[..., str]) -> Callable[..., Verdict]:
     return judged
 
 
-def attempt(what: str, fn: Callable[..., Any], *arguments: Any, seed: int = 0) -> Any:
+def attempt(what: str, fn: Callable[..., T], *arguments: Any, seed: int = 0) -> T:
     """fn(*arguments) with the global generator at `seed`; fails where it raises or changes a tensor among its arguments."""
     tensors = [value for value in arguments if isinstance(value, Tensor)]
     before = [value.detach().clone() for value in tensors]
@@ -115,7 +117,7 @@ def check_same(what: str, got: Tensor, expected: Tensor) -> None:
 
 
 def judge(
-    name: str, fn: Callable[..., Any], right: Callable[..., Tensor], mistakes: Mistakes, cases: Sequence[dict], learned: str = ""
+    name: str, fn: Callable[..., Any], right: Callable[..., Tensor], mistakes: Mistakes, cases: Sequence[Case], learned: str = ""
 ) -> str:
     """Compares fn with `right` on the cases, {argument: value}; the gradient too, for the arguments named in `learned`."""
     calls = [
@@ -144,7 +146,7 @@ def gradients_of(what: str, total: Tensor, leaves: list[Tensor]) -> Sequence[Ten
     return attempt(f"the gradient of {what}", lambda: torch.autograd.grad(total, leaves, allow_unused=True))
 
 
-def check_gradient(what: str, fn: Callable[..., Any], right: Callable[..., Tensor], case: dict, learned: Sequence[str]) -> None:
+def check_gradient(what: str, fn: Callable[..., Any], right: Callable[..., Tensor], case: Case, learned: Sequence[str]) -> None:
     """Fails unless the gradients of fn and `right` agree, for a weighted sum of the result and the arguments named in `learned`."""
     gradients = []
     for function in (right, fn):
@@ -615,15 +617,19 @@ def training_example() -> tuple[VAE, Tensor]:
     torch.default_generator.manual_seed(0)
     model = mlp_vae((1, 4, 4), (8,), 2)
     with torch.no_grad():
-        model.encoder.head.weight.mul_(12)
-        model.decoder.head.weight.mul_(4)
+        model.encoder.head.weight.mul_(12)  # type: ignore[operator, union-attr]
+        model.decoder.head.weight.mul_(4)  # type: ignore[operator, union-attr]
     return model, torch.bernoulli(torch.rand(256, 1, 4, 4))
 
 
 def trace(fn: Callable[..., Any]) -> list[Tensor]:
     """Two steps from the same weights, RUNS times, each with its noise: losses (RUNS, 2), first and second move (RUNS, weights)."""
     model, x = training_example()
-    rows, weights_of = [], lambda model: nn.utils.parameters_to_vector(model.parameters()).detach()
+    rows = []
+
+    def weights_of(model: VAE) -> Tensor:
+        return nn.utils.parameters_to_vector(model.parameters()).detach()
+
     for seed in range(RUNS):
         copy, losses, weights = deepcopy(model), [], [weights_of(model)]
         optimizer = torch.optim.SGD(copy.parameters(), lr=LEARNING_RATE)

@@ -310,7 +310,8 @@ def sample(
         model = model.given(label)
     if between:
         kind = kind or "linear"
-        pixels = interpolate(model, *(read_image(end, model.image_shape) for end in ends), count, seed, kind)
+        first, last = (read_image(end, model.image_shape) for end in ends)
+        pixels = interpolate(model, first, last, count, seed, kind)
     else:
         fit_prior = PRIORS[prior]
         fitted = fit_prior and fit_prior(model, load_images(data_of(run, data)), seed=seed)
@@ -343,7 +344,7 @@ def index_images(
     model = load(run).to(choose_device(device))
     images, names, skipped = load_folder(folder, model.image_shape) if folder else (load_images(data_of(run, data), split), (), {})
     warn_skipped(skipped)
-    source = {"folder": str(Path(folder).resolve())} if folder else {"data": images.name, "split": split}
+    source = {"folder": str(Path(folder).resolve())} if folder else {"data": images.name, "split": split}  # type: ignore[union-attr]
     index = LatentIndex.build(model, images, method=method, names=names, source=source)
     index.save(out)
     result = {"out": str(out), **source, "images": len(index), "skipped": len(skipped), "latents": model.latent_dim}
@@ -367,12 +368,13 @@ def query_images(index: LatentIndex, paths: list[Path], query_index: int | None)
     """Names and pixels of the queries, and the files of folders that were skipped, with the reasons."""
     import torch
 
-    names, pixels, skipped = [], [], {}
+    names, pixels = [], []
+    skipped: dict[str, str] = {}
     for path in paths:
         if path.is_dir():
             found = load_folder(path, index.model.image_shape)
             names += [str(path / name) for name in found.names]
-            pixels = [*pixels, *found.pixels]
+            pixels += list(found.pixels)
             skipped |= {str(path / name): reason for name, reason in found.skipped.items()}
         else:
             names, pixels = [*names, str(path)], [*pixels, read_image(path, index.model.image_shape)]

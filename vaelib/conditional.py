@@ -65,7 +65,7 @@ class ConditionalVAE(VAE):
         if validate:
             labels = self.check_labels(labels)
         bound = copy.copy(self)  # shallow: parameters and modules are shared
-        bound.labels, bound.config, bound.needs_labels = labels, None, False
+        bound.labels, bound.config, bound.needs_labels = labels, None, False  # type: ignore[assignment]
         return bound
 
     def check_labels(self, labels: int | Tensor) -> Tensor:
@@ -73,12 +73,12 @@ class ConditionalVAE(VAE):
         single = isinstance(labels, int) and not isinstance(labels, bool)
         if not single and not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1 and len(labels)):
             raise ValueError(f"labels: got {describe(labels)}, expected an integer or an int64 tensor of shape (N,)")
-        low, high = (labels, labels) if single else (int(labels.min()), int(labels.max()))
+        low, high = (labels, labels) if isinstance(labels, int) else (int(labels.min()), int(labels.max()))
         if low < 0 or high >= self.num_classes:
             raise ValueError(f"labels: got {low if low < 0 else high}, expected labels from 0 to {self.num_classes - 1}")
-        return torch.tensor([labels]) if single else labels
+        return torch.tensor([labels]) if isinstance(labels, int) else labels
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, x: Tensor, eps: Tensor | None = None, labels: Tensor | None = None, objective: str = "elbo"
     ) -> ElboTerms:
         """`VAE.forward` given labels (N,), without a look at their values either."""
@@ -93,7 +93,8 @@ class ConditionalVAE(VAE):
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's params at z and the labels: (K*N, L) -> (K*N, P, H, W), in the dtype of z."""
         self.check_code(z)
-        return self.decoder(z, self._one_hot(z, "codes")).to(z.dtype)
+        params: Tensor = self.decoder(z, self._one_hot(z, "codes"))
+        return params.to(z.dtype)
 
     def _one_hot(self, values: Tensor, name: str) -> Tensor:
         """The label of each of `values`: (M, num_classes), in their dtype."""

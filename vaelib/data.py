@@ -149,6 +149,11 @@ def load_images(name: str, split: str = "train", root: str | Path | None = None,
         ValueError: For an unknown name or split, and for a truncated or corrupted file.
         DataNotFoundError: If the set is missing and could not be fetched; it is a ValueError and a FileNotFoundError.
             There is no silent fallback.
+
+    Example:
+        >>> import vaelib
+        >>> vaelib.load_images("digits", "test")
+        ImageSet('digits', 297 images of shape (1, 28, 28), 10 classes)
     """
     check_choice("name", name, NAMES)
     if split == "valid" and name != "binarized-mnist":

@@ -71,6 +71,13 @@ def evaluate(
         num_samples: draws per image for the importance-weighted estimate (the field reports 5000); 0 leaves it out.
         elbo_samples: draws per image for the ELBO.
         batch_size: images per chunk; the result does not depend on it.
+
+    Example:
+        >>> import vaelib
+        >>> model = vaelib.mlp_vae((1, 28, 28), hidden_dims=(32,), latent_dim=2)
+        >>> scores = vaelib.evaluate(model, vaelib.load_images("digits", "test"), num_samples=10)
+        >>> scores.elbo < scores.log_likelihood  # nats per image
+        True
     """
     check_int("num_samples", num_samples, minimum=0)
     terms = heldout_elbo(model, images, elbo_samples, batch_size, seed)
@@ -234,7 +241,7 @@ def refine_posterior(
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps) ** 2
             eps = noise.normal_noise(keys, shape, REFINE, step * math.prod(shape)).transpose(0, 1).to(x)
             with torch.enable_grad():
-                z = reparameterize(*(value.expand_as(eps) for value in q), eps)
+                z = reparameterize(q.mean.expand_as(eps), q.log_var.expand_as(eps), eps)
                 negative_elbo = gaussian_kl(*q) - model._log_likelihood(x, z).mean(0)
                 q.mean.grad, q.log_var.grad = torch.autograd.grad(negative_elbo.sum(), q)
             optimizer.step()
@@ -312,7 +319,7 @@ def inference_gaps(
                 shape = (min(sample_batch, num_samples - start), model.latent_dim)
                 eps = noise.normal_noise(keys, shape, noise.LATENT, start * model.latent_dim).transpose(0, 1).to(x)
                 for side, q in enumerate(proposals):
-                    z = reparameterize(*(value.expand_as(eps) for value in q), eps)
+                    z = reparameterize(q.mean.expand_as(eps), q.log_var.expand_as(eps), eps)
                     log_likelihood = bound._log_likelihood(x, z)
                     elbos[side] += log_likelihood.cpu().double().sum(0) / num_samples
                     densities = [gaussian_log_density(z, *(value.expand_as(z) for value in p)) for p in proposals]
@@ -359,7 +366,7 @@ def kl_per_unit(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, s
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
-            total += bound.elbo(x, 1, eps, validate=False).kl_per_unit.sum(0).cpu().double()
+            total += bound.elbo(x, 1, eps, validate=False).kl_per_unit.sum(0).cpu().double()  # type: ignore[union-attr]
     return (total / len(images)).float()
 
 
@@ -382,16 +389,16 @@ def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2
     Raises:
         ValueError: For a model whose prior is not N(0, I) in one piece, such as a hierarchical one.
     """
-    means, log_vars, codes = [], [], []
+    drawn: tuple[list[Tensor], ...] = ([], [], [])
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, 1000, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
             z, posterior, prior = bound.infer(x, 1, eps, None, False)
             if prior is not None:
                 raise ValueError("model: got one with a learned prior, expected one whose prior is N(0, I)")
-            for kept, value in zip((means, log_vars, codes), (*posterior, z), strict=True):
+            for kept, value in zip(drawn, (*posterior, z), strict=True):
                 kept.append(value[0].cpu().double())
-    mean, log_var, z = torch.cat(means), torch.cat(log_vars), torch.cat(codes)
+    mean, log_var, z = (torch.cat(kept) for kept in drawn)
     chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[: check_int("num_draws", num_draws)]
     precision = (-log_var).exp()
     constant = (mean.square() * precision + log_var).sum(1) + model.latent_dim * math.log(2 * math.pi)  # (N,)

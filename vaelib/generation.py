@@ -35,6 +35,12 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
         seed: same seed, same images; None draws anew each time.
         prior: what z comes from; None is the model's own prior. Else what `fit_mixture` or `fit_second_stage` of `vaelib.priors` gives,
             or any object with a method ``sample(num, temperature, generator)`` that gives z (num, L).
+
+    Example:
+        >>> import vaelib
+        >>> model = vaelib.mlp_vae((1, 28, 28), hidden_dims=(32,), latent_dim=2)
+        >>> vaelib.generate(model, 4, seed=0).shape
+        torch.Size([4, 1, 28, 28])
     """
     check_int("num_images", num_images)
     check_number("temperature", temperature)
@@ -52,7 +58,14 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
 
 
 def reconstruct(model: VAE, pixels: Tensor, seed: int = 0) -> Tensor:
-    """Each image encoded to its posterior mean and decoded again: ``uint8`` (N, C, H, W) -> the same; deterministic."""
+    """Each image encoded to its posterior mean and decoded again: ``uint8`` (N, C, H, W) -> the same; deterministic.
+
+    Example:
+        >>> import vaelib
+        >>> model = vaelib.mlp_vae((1, 28, 28), hidden_dims=(32,), latent_dim=2)
+        >>> vaelib.reconstruct(model, vaelib.load_images("digits", "test").pixels[:4]).shape
+        torch.Size([4, 1, 28, 28])
+    """
     with evaluating(model):
         return torch.cat([decode_pixels(model, model.encode(x).mean) for x, _ in observations(model, pixels, 1000, seed)])
 
@@ -113,7 +126,8 @@ def traverse(model: VAE, image: Tensor, units: Sequence[int] | Tensor, values: S
         raise ValueError(f"values: got {values.tolist()}, expected a sequence of finite numbers")
     z = mean_code(model, "image", image).repeat(len(units), len(values), 1)
     z.scatter_(2, units[:, None, None].expand(-1, len(values), 1), values[:, None].expand(len(units), -1, 1))
-    return decode_pixels(model, z.flatten(0, 1)).unflatten(0, (len(units), len(values)))
+    pixels: Tensor = decode_pixels(model, z.flatten(0, 1)).unflatten(0, (len(units), len(values)))
+    return pixels
 
 
 def class_means(model: VAE, images: ImageSet) -> Tensor:

@@ -36,6 +36,8 @@ class HierarchicalVAE(VAE):
     """
 
     layered = True
+    encoder: BottomUp
+    decoder: TopDown
 
     def __init__(
         self,
@@ -57,7 +59,8 @@ class HierarchicalVAE(VAE):
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's params at z, the latents of all groups: (N, L) -> (N, P, H, W), in the dtype of z."""
         self.check_code(z)
-        return self.decoder(self._top_down(z, draw=False)[0]).to(z.dtype)
+        params: Tensor = self.decoder(self._top_down(z, draw=False)[0])
+        return params.to(z.dtype)
 
     def sample_prior(self, eps: Tensor) -> Tensor:
         """z from p(z), group by group, made of standard normal noise: (N, L) -> (N, L)."""
@@ -193,6 +196,8 @@ class TwoLayerVAE(VAE):
     """
 
     layered = True
+    encoder: nn.ModuleList
+    decoder: nn.ModuleList
 
     def __init__(
         self,
@@ -215,13 +220,14 @@ class TwoLayerVAE(VAE):
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's params at h1, the second part of z: (N, L) -> (N, P, H, W), in the dtype of z."""
         self.check_code(z)
-        return self.decoder[1](z.split(self.split, dim=1)[1]).to(z.dtype)
+        params: Tensor = self.decoder[1](z.split(self.split, dim=1)[1])
+        return params.to(z.dtype)
 
     def sample_prior(self, eps: Tensor) -> Tensor:
         """z from p(z), made of standard normal noise: (N, L) -> (N, L)."""
         self.check_code(eps, "eps")
         h2, noise = eps.split(self.split, dim=1)
-        return torch.cat([h2, reparameterize(*self.decoder[0](h2), noise)], dim=1)
+        return torch.cat([h2, reparameterize(*Posterior(*self.decoder[0](h2)), noise)], dim=1)
 
     def infer(
         self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
@@ -236,12 +242,12 @@ class TwoLayerVAE(VAE):
         h2 = reparameterize(*top, noise2)
         prior = Posterior(*(statistic.to(eps.dtype) for statistic in self.decoder[0](h2)))
         posterior, prior = joined([top, below]), joined([Posterior(*(torch.zeros_like(h2),) * 2), prior])
-        shaped = [Posterior(*(statistic.view_as(eps) for statistic in pair)) for pair in (posterior, prior)]
-        return torch.cat([h2, h1], dim=1).view_as(eps), *shaped
+        posterior, prior = (Posterior(*(statistic.view_as(eps) for statistic in pair)) for pair in (posterior, prior))
+        return torch.cat([h2, h1], dim=1).view_as(eps), posterior, prior
 
     def _kl_per_unit(self, z: Tensor, posterior: Posterior, prior: Posterior | None) -> Tensor:
         (top_mean, mean), (top_log_var, log_var) = (statistic.split(self.split, dim=2) for statistic in posterior)
-        at, prior_mean, prior_log_var = (statistic.split(self.split, dim=2)[1] for statistic in (z, *prior))
+        at, prior_mean, prior_log_var = (statistic.split(self.split, dim=2)[1] for statistic in (z, *prior))  # type: ignore[misc]  # never None here
         squares = (at - prior_mean) ** 2 * (-prior_log_var).exp() - (at - mean) ** 2 * (-log_var).exp()
         return torch.cat([gaussian_kl_per_unit(top_mean, top_log_var), 0.5 * (squares + prior_log_var - log_var)], dim=2)
 

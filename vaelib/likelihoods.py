@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vaelib._validation import check_choice, check_int, check_number, check_observation, check_pixels, check_same_shape, describe
+
+T = TypeVar("T", float, Tensor)
 
 
 class Likelihood(nn.Module):
@@ -42,7 +44,7 @@ class Likelihood(nn.Module):
 
     def param_channels(self, channels: int) -> int:
         """How many numbers the decoder gives per pixel of an image with `channels` channels."""
-        return self.params_per_value * channels
+        return self.params_per_value * channels  # type: ignore[operator]  # None only where this method is another
 
     def observe(self, pixels: Tensor, generator: torch.Generator | None = None, uniform: Tensor | None = None) -> Tensor:
         """Pixels (N, C, H, W) ``uint8`` -> x (N, C, H, W) float32; here x = pixels / 127.5 - 1, in [-1, 1]."""
@@ -206,7 +208,7 @@ def level_bins(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def mean_of_levels(probability_above: Callable[[float], Tensor]) -> Tensor:
     """E[x] = -1 + (2/255) * (sum over the 255 inner edges of P(x above the edge)), exact."""
-    return sum(probability_above((2 * level - 254) / 255) for level in range(255)) * (2 / 255) - 1
+    return sum(probability_above((2 * level - 254) / 255) for level in range(255)) * (2 / 255) - 1  # type: ignore[return-value]
 
 
 def gaussian_log_mass(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
@@ -441,7 +443,7 @@ class DiscretizedLogisticMixture(Likelihood):
         enter as means is exact but for the clamping: it ignores their spread where that reaches beyond -1 or 1.
         """
         logits, channels = self.split(params)
-        means = []
+        means: list[Tensor] = []
         for location, log_scale, coefficients in channels:
             means.append(clamped_logistic_mean(self.shift(location, coefficients, means), log_scale))
         return (logits.softmax(1).unsqueeze(1) * torch.stack(means, 1)).sum(2)
@@ -451,14 +453,14 @@ class DiscretizedLogisticMixture(Likelihood):
         logits, channels = self.split(params)
         # of exponential clocks with rates pi_k, the k-th rings first with probability pi_k
         component = (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(1, keepdim=True)
-        values = []
+        values: list[Tensor] = []
         for location, log_scale, coefficients in channels:
             location = self.shift(location, coefficients, values).gather(1, component)
             values.append(logistic_level(location, log_scale.gather(1, component), generator))
         return torch.cat(values, 1)
 
 
-LIKELIHOODS = {
+LIKELIHOODS: dict[str, type[Likelihood]] = {
     "bernoulli": Bernoulli,
     "gaussian": Gaussian,
     "discretized_logistic": DiscretizedLogistic,
@@ -487,7 +489,7 @@ def make_likelihood(spec: str | dict[str, Any] | Likelihood) -> Likelihood:
         raise ValueError(f"likelihood: got arguments {arguments}, which {name!r} does not take") from error
 
 
-def bits_per_dim(log_prob: Tensor | float, num_dims: int, likelihood: Likelihood) -> Tensor | float:
+def bits_per_dim(log_prob: T, num_dims: int, likelihood: Likelihood) -> T:
     """Nats per image -> bits per dimension, -log_prob / (num_dims log 2). eq. bits-per-dim
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +107,7 @@ def stage_sizes(image_shape: Sequence[int], stages: int, latent_shape: Sequence[
             f"latent_dim: got {tuple(latent_shape)}, expected (channels, height, width) with height x width one of {possible}, "
             f"the resolutions that {stages} stages can reach from image_shape {tuple(image_shape)}"
         )
-    reached = sizes.index(tuple(latent_shape[1:]))
+    reached = sizes.index((latent_shape[1], latent_shape[2]))
     return sizes[: reached + 1] + [sizes[reached]] * (stages - reached)
 
 
@@ -139,7 +140,8 @@ class ResidualBlock(nn.Module):
         zero(self.f[-1])
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.f(x)
+        change: Tensor = self.f(x)
+        return x + change
 
 
 class ConvEncoder(nn.Module):
@@ -176,7 +178,7 @@ class ConvEncoder(nn.Module):
             layers.append(ACTIVATIONS[activation]())
         self.hidden = nn.Sequential(*layers)
         if len(latent_shape) == 1:
-            self.head = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * math.prod(sizes[-1]), 2 * latent_shape[0]))
+            self.head: nn.Module = nn.Sequential(nn.Flatten(), nn.Linear(channels[-1] * math.prod(sizes[-1]), 2 * latent_shape[0]))
         else:
             self.head = nn.Conv2d(channels[-1], 2 * latent_shape[0], 1)
 
@@ -225,7 +227,8 @@ class ConvDecoder(nn.Module):
         self.head = nn.Conv2d(channels[-1], param_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.head(self.hidden(z))
+        params: Tensor = self.head(self.hidden(z))
+        return params
 
 
 class BottomUp(nn.Module):
@@ -290,7 +293,8 @@ class LatentGroup(nn.Module):
 
     def forward(self, h: Tensor, z: Tensor) -> Tensor:
         """The next state, from h and z_l (N, L_l)."""
-        return self.block(h + self.enter(z.unflatten(1, self.latent_shape)))
+        state: Tensor = self.block(h + self.enter(z.unflatten(1, self.latent_shape)))
+        return state
 
 
 class TopDown(nn.Module):
@@ -314,7 +318,7 @@ class TopDown(nn.Module):
         scale = 1 / math.sqrt(sum(groups for _, groups in levels))
         self.size = sizes[-1]
         self.constant = nn.Parameter(torch.zeros(1, width, *sizes[0]))
-        self.groups = nn.ModuleList(
+        self.groups: Any = nn.ModuleList(
             LatentGroup(level, (channels, *size), width, bottleneck, scale, activation)
             for level, ((channels, groups), size) in enumerate(zip(levels, sizes, strict=True))
             for _ in range(groups)
@@ -324,7 +328,8 @@ class TopDown(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """The last state -> params (N, param_channels, H, W)."""
-        return self.head(enlarged(h, self.size))
+        params: Tensor = self.head(enlarged(h, self.size))
+        return params
 
 
 def enlarged(h: Tensor, size: tuple[int, int]) -> Tensor:

@@ -40,6 +40,11 @@ def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None = None,
 
     Raises:
         ValueError: If the shapes differ: nothing is broadcast.
+
+    Example:
+        >>> import torch, vaelib
+        >>> vaelib.gaussian_kl(mean=torch.ones(1, 4), log_var=torch.zeros(1, 4))
+        tensor([2.])
     """
     return gaussian_kl_per_unit(mean, log_var, prior_mean, prior_log_var).sum(-1)
 

@@ -46,7 +46,8 @@ class LinearGaussian:
         """log p(x) = log N(x; bias, weight weight^T + scale^2 I): (N, D) -> (N,), nats. eq. evidence"""
         identity = torch.eye(self.num_dims, dtype=x.dtype)
         covariance = self.weight @ self.weight.T + self.scale**2 * identity
-        return torch.distributions.MultivariateNormal(self.bias, covariance).log_prob(x)
+        log_density: Tensor = torch.distributions.MultivariateNormal(self.bias, covariance).log_prob(x)
+        return log_density
 
     def posterior(self, x: Tensor) -> FullGaussian:
         """p(z given x) by Bayes' rule: mean (N, L) and covariance (L, L). eq. posterior"""
@@ -92,4 +93,5 @@ def gaussian_pixels_log_prob(train: Tensor, test: Tensor, seed: int = 0) -> Tens
     factor = torch.linalg.cholesky(covariance)
     u = torch.rand(len(test), dim, generator=torch.Generator().manual_seed(check_seed("seed", seed)), dtype=x.dtype)
     whitened = torch.linalg.solve_triangular(factor, (test.flatten(1) + u - mean).T, upper=False)
-    return -0.5 * (whitened**2).sum(0) - factor.diagonal().log().sum() - 0.5 * dim * math.log(2 * math.pi)
+    log_density: Tensor = -0.5 * (whitened**2).sum(0) - factor.diagonal().log().sum() - 0.5 * dim * math.log(2 * math.pi)
+    return log_density

@@ -5,25 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from torch import Tensor
 
 from vaelib._validation import check_int, check_pixels
 
 # Okabe and Ito 2008, in an order whose neighbours differ in lightness too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-STYLE = {
+STYLE: dict[Any, Any] = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
     "savefig.bbox": "tight",
     "figure.constrained_layout.use": True,
-    "axes.prop_cycle": plt.cycler(color=PALETTE),
+    "axes.prop_cycle": cycler(color=PALETTE),
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -95,7 +97,7 @@ def show_images(
             ax.tick_params(length=0)
         for spine in ax.spines.values():
             spine.set_visible(False)
-        return ax.figure
+        return ax.figure  # type: ignore[return-value]  # no SubFigure
 
 
 def training_curves(history: Sequence[dict[str, float]], skip: int = 0) -> Figure:
@@ -137,4 +139,4 @@ def latent_scatter(codes: Tensor, labels: Tensor, classes: Sequence[str], ax: Ax
                 box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colors[label % 10], "alpha": 0.9}
                 ax.text(x, y, name, ha="center", va="center", fontsize=9, bbox=box)
         ax.set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
-        return ax.figure
+        return ax.figure  # type: ignore[return-value]  # no SubFigure

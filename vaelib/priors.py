@@ -101,7 +101,7 @@ class SecondStagePrior(NamedTuple):
         """`num` codes (num, L); `temperature` is a factor on the standard deviation of u and of z given u."""
         u, eps = temperature * torch.randn(2, check_int("num", num), len(self.mean), generator=generator)
         with evaluating(self.model):
-            z = self.model.decode(u).flatten(1) + self.model.likelihood.log_scale.exp() * eps
+            z: Tensor = self.model.decode(u).flatten(1) + self.model.likelihood.log_scale.exp() * eps  # type: ignore[operator]
         return self.mean + self.std * z
 
 

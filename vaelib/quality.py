@@ -42,7 +42,8 @@ class FeatureNet(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 1, 28, 28) ``uint8`` -> the logits of the classes, (N, 10)."""
-        return self.head(self.features(pixels))
+        logits: Tensor = self.head(self.features(pixels))
+        return logits
 
 
 def mnist_features() -> FeatureNet:
@@ -58,7 +59,8 @@ def features_of(net: nn.Module, images: ImageSet | Tensor, batch_size: int = 100
     pixels = images.pixels if isinstance(images, ImageSet) else images
     check_pixels("images", pixels)
     with evaluating(net):
-        return torch.cat([net.features(chunk).cpu() for chunk in pixels.split(check_int("batch_size", batch_size))])
+        chunks = pixels.split(check_int("batch_size", batch_size))
+        return torch.cat([net.features(chunk).cpu() for chunk in chunks])  # type: ignore[operator]
 
 
 def check_features(**sets: Tensor) -> list[Tensor]:
@@ -91,7 +93,8 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     for values, vectors in map(torch.linalg.eigh, covariances):
         roots.append(vectors * values.clamp(min=0).sqrt() @ vectors.T)
     trace = sum(c.trace() for c in covariances) - 2 * torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + trace).item())
+    squared: float = ((a.mean(0) - b.mean(0)).square().sum() + trace).item()
+    return max(0.0, squared)
 
 
 class ManifoldScores(NamedTuple):
@@ -141,7 +144,7 @@ def manifold_scores(real: Tensor, fake: Tensor, k: int = 5, block: int = 1000) -
     covered, recalled = torch.zeros(2, len(real), dtype=torch.bool)
     for distance, own in zip(distance_rows(fake, real, block), fake_radius.split(block), strict=True):
         held = distance <= radius
-        inside, within = inside + held.any(1).sum().item(), within + held.sum().item()
+        inside, within = inside + int(held.any(1).sum()), within + int(held.sum())
         covered |= held.any(0)
         recalled |= (distance <= own[:, None]).any(0)
     density = within / (k * len(fake))

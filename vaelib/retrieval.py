@@ -82,17 +82,17 @@ def nearest_neighbours(
     kept, reach = min(k + SPARE, len(x.mean)), (0.0, 0.0)
     parts = [at(q, slice(i, i + block)) for i in range(0, len(q.mean), check_int("block", block))]
     sides = [query_side(part, distance) for part in parts]
-    best: list[list[Tensor]] = [[] for _ in parts]
+    best: dict[int, tuple[Tensor, Tensor]] = {}
     for start, psi, bias, size in database_sides(x, distance, block):
-        reach = tuple(map(max, reach, size))
+        reach = max(reach[0], size[0]), max(reach[1], size[1])
         for i, (phi, _) in enumerate(sides):
             values, columns = shortlist(scores(phi, psi, bias, distance), kept)
             columns = columns + start
             if start:
                 values, columns = torch.cat([best[i][0], values], 1), torch.cat([best[i][1], columns], 1)
             top = values.topk(min(kept, values.shape[1]), largest=False)
-            best[i] = [top.values, columns.gather(1, top.indices)]
-    found = [ranked(part, x, *side, *top, k, distance, reach) for part, side, top in zip(parts, sides, best, strict=True)]
+            best[i] = top.values, columns.gather(1, top.indices)
+    found = [ranked(part, x, *side, *top, k, distance, reach) for part, side, top in zip(parts, sides, best.values(), strict=True)]
     return Neighbours(*(torch.cat(part) for part in zip(*found, strict=True)))
 
 
@@ -106,7 +106,7 @@ def check_pair(queries: Tensor | Posterior, database: Tensor | Posterior, distan
             raise ValueError(f"{argument}: got {describe(mean)}, expected a floating-point tensor (N, L), N and L at least 1")
         if distance in STATISTICAL and (not isinstance(log_var, Tensor) or log_var.shape != mean.shape):
             raise ValueError(f"{argument}: got {describe(log_var)} as log_var, expected posteriors for the distance {distance!r}")
-        pair.append(Posterior(mean, log_var if distance in STATISTICAL else None))
+        pair.append(Posterior(mean, log_var if distance in STATISTICAL else None))  # type: ignore[arg-type]
     (q, x), device = pair, pair[1].mean.device
     if q.mean.shape[1] != x.mean.shape[1]:
         raise ValueError(f"queries: got {describe(q.mean)}, expected shape (Q, {x.mean.shape[1]}) as the database has")
@@ -184,7 +184,8 @@ def shortlist(values: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 def exact_distances(q: Posterior, x: Posterior, columns: Tensor, distance: str) -> Tensor:
     """The distance of each query to its own columns, in float64 on the CPU, rounded: (B, L), (N, L), (B, C) -> (B, C) float32."""
     pair = (at(q, (slice(None), None)), at(x, columns.to(x.mean.device)))
-    return distance_between(*(Posterior(*(p if p is None else p.cpu().double() for p in codes)) for codes in pair), distance).float()
+    q, x = (Posterior(*(p if p is None else p.cpu().double() for p in codes)) for codes in pair)
+    return distance_between(q, x, distance).float()
 
 
 def ranked(
@@ -206,8 +207,8 @@ def ranked(
     limit = (furthest.square() if distance == "euclidean" else furthest) - offset.cpu() + error
     for row in (values[:, -1].cpu() <= limit).nonzero()[:, 0].tolist():
         hits = [
-            (scores(phi[row : row + 1], *side, distance)[0].cpu() <= limit[row]).nonzero()[:, 0] + start
-            for start, *side, _ in database_sides(x, distance, 1)
+            (scores(phi[row : row + 1], psi, bias, distance)[0].cpu() <= limit[row]).nonzero()[:, 0] + start
+            for start, psi, bias, _ in database_sides(x, distance, 1)
         ]
         near = torch.cat(hits)
         again = torch.cat([exact_distances(at(q, [row]), x, part[None], distance)[0] for part in near.split(2**16)])
@@ -320,6 +321,13 @@ class LatentIndex:
             order the index has; {"folder": ...} is a folder that has the files `names`; {} says nothing.
         method: ``"exact"``, or FAISS's ``"hnsw"`` or ``"ivf_pq"``: approximate, Euclidean only.
         model_hash: the `fingerprint` of the model when its first image was encoded.
+
+    Example:
+        >>> import vaelib
+        >>> model, digits = vaelib.mlp_vae((1, 28, 28), latent_dim=8), vaelib.load_images("digits")
+        >>> index = vaelib.LatentIndex.build(model, digits)
+        >>> index.search(digits.pixels[3:5], k=1).indices.flatten()  # each image finds itself
+        tensor([3, 4])
     """
 
     model: VAE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from vaelib.hierarchical import hierarchical_vae, two_layer_vae
 from vaelib.vae import VAE, conv_vae, mlp_vae
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MODELS = {"mlp": mlp_vae, "conv": conv_vae, "hierarchical": hierarchical_vae, "conditional": conditional_vae, "two-layer": two_layer_vae}
+MODELS: dict[str, Callable[..., VAE]] = {
+    "mlp": mlp_vae,
+    "conv": conv_vae,
+    "hierarchical": hierarchical_vae,
+    "conditional": conditional_vae,
+    "two-layer": two_layer_vae,
+}
 
 
 def writable_folder(argument: str, path: str | Path) -> Path:
@@ -70,6 +77,13 @@ def save(model: VAE, path: str | Path) -> None:
 
     Raises:
         ValueError: If the folder cannot be written, or the model was not built by a function of vaelib and so has no config.
+
+    Example:
+        >>> import os, tempfile, vaelib
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vaelib.save(vaelib.mlp_vae(latent_dim=2), folder)
+        ...     sorted(os.listdir(folder))
+        ['config.json', 'model.safetensors']
     """
     if model.config is None:
         builders = ", ".join(builder.__name__ for builder in MODELS.values())
@@ -99,6 +113,13 @@ def load(path: str | Path) -> VAE:
 
     Raises:
         ValueError: If a file is missing or broken, or the weights belong to another model.
+
+    Example:
+        >>> import tempfile, vaelib
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     vaelib.save(vaelib.mlp_vae(latent_dim=2), folder)
+        ...     vaelib.load(folder).latent_dim
+        2
     """
     path = Path(path)
     for name in (CONFIG, WEIGHTS):

@@ -29,7 +29,7 @@ from vaelib.storage import write_text
 from vaelib.vae import VAE, heldout_elbo
 
 # LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
-OPTIMIZERS = {
+OPTIMIZERS: dict[str, Any] = {
     name: value
     for name, value in vars(torch.optim).items()
     if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
@@ -76,6 +76,11 @@ class TrainConfig:
         checkpoint_epochs: write a checkpoint after every so many epochs (and after the last), where `fit` is given a folder.
         checkpoint_minutes: write one after so many minutes too, amid an epoch.
         progress: show a progress bar.
+
+    Example:
+        >>> import vaelib
+        >>> vaelib.TrainConfig(epochs=5, batch_size=64).schedule
+        'cosine'
     """
 
     epochs: int = 20
@@ -208,7 +213,7 @@ def make_optimizer(model: VAE, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimizer of `config` over the model's parameters, in its fused form where it has one."""
     if callable(config.optimizer) and not inspect.isclass(config.optimizer):
         return config.optimizer(model.parameters())
-    kind = OPTIMIZERS[config.optimizer] if isinstance(config.optimizer, str) else config.optimizer
+    kind: type[torch.optim.Optimizer] = OPTIMIZERS[config.optimizer] if isinstance(config.optimizer, str) else config.optimizer  # type: ignore[assignment]
     options = {"lr": config.learning_rate, **(config.optimizer_options or {})}
     if (
         "fused" in inspect.signature(kind).parameters
@@ -430,6 +435,13 @@ def fit(
             checkpoint and `resume` is off, or its checkpoint belongs to another run.
         FloatingPointError: If a term of the loss or a weight is no longer finite; the model then has the weights after the last
             good epoch (or where it resumed), and the folder the last checkpoint before the trouble.
+
+    Example:
+        >>> import vaelib
+        >>> model = vaelib.mlp_vae((1, 28, 28), hidden_dims=(32,), latent_dim=2)
+        >>> history = vaelib.fit(model, vaelib.load_images("digits"), config=vaelib.TrainConfig(epochs=2, progress=False))
+        >>> history[0]["train_elbo"] < history[1]["train_elbo"]  # nats per image
+        True
     """
     config = config or TrainConfig()
     check_arguments(model, images, valid, config)
@@ -458,13 +470,13 @@ def fit(
         model.to(memory_format=torch.channels_last)
     images = images.to(device)
     valid = None if valid is None else valid.to(device)
-    forward = model
+    forward: Callable[..., ElboTerms] = model
     if group.size > 1:  # this also makes all processes start from the first one's weights
         forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if config.compile:
         forward = torch.compile(forward)
     of_batch = ("pixels", "labels") if model.needs_labels else ("pixels",)
-    parameters = list(model.parameters())
+    parameters: list[Tensor] = list(model.parameters())
     optimizer = make_optimizer(model, config)
     peaks = [options["lr"] for options in optimizer.param_groups]
     steps_per_epoch = math.ceil(len(images) / config.batch_size)
@@ -510,7 +522,7 @@ def fit(
         good_weights = copy_of_weights(model)
     modes = {module: module.training for module in model.modules()}
     first_step, last_written = step, time.perf_counter()
-    if writer is not None:  # it forgets what an interrupted run wrote after its checkpoint
+    if writer is not None and folder is not None:  # it forgets what an interrupted run wrote after its checkpoint
         writer = writer(folder / "tensorboard", purge_step=len(history) + 1) if group.leads else None
     pressed, release = hold_interrupts()
     bar = tqdm(total=config.epochs * steps_per_epoch, initial=step, unit="batch", disable=not (config.progress and group.leads))
@@ -528,7 +540,7 @@ def fit(
                     options["lr"] = peak * rate_factor(step)
                 trace[row] = train_step(forward, model, optimizer, batch, noise, beta(step), config, group)
                 step += 1
-                if averages is not None:
+                if averages is not None and config.ema_decay is not None:
                     with torch.no_grad():
                         torch._foreach_lerp_(averages, parameters, 1 - min(config.ema_decay, step / (9 + step)))
                 bar.update()
@@ -607,6 +619,7 @@ def summed(trace: Tensor, group: Group) -> Tensor:
 
 def with_global_kl(terms: ElboTerms, weight: float, group: Group) -> ElboTerms:
     """The share's terms with `kl_per_unit` shifted so that its mean is the global batch's: free bits then bite as in one process."""
+    assert terms.kl_per_unit is not None
     local = terms.kl_per_unit.mean(0)
     total = group.sum(local.detach() * weight) / group.size
     return terms._replace(kl_per_unit=terms.kl_per_unit + (total - local.detach()))
@@ -621,7 +634,7 @@ def tensorboard_writer() -> Any:
     return SummaryWriter
 
 
-def hold_interrupts() -> tuple[list[int], Callable[[], None]]:
+def hold_interrupts() -> tuple[list[int], Callable[[], object]]:
     """Let the first Ctrl-C wait until the step is done, so that a checkpoint can be written; the second one acts at once.
 
     Returns:

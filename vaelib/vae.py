@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -61,6 +61,8 @@ class VAE(nn.Module):
 
     needs_labels = False
     layered = False
+    given: Callable[..., VAE]  # of `ConditionalVAE`, as num_classes is: asked only where a model needs labels
+    num_classes: int
 
     def __init__(
         self,
@@ -113,7 +115,8 @@ class VAE(nn.Module):
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's params at z: (N, L) -> (N, P, H, W), in the dtype of z."""
         self.check_code(z)
-        return self.decoder(z).to(z.dtype)
+        params: Tensor = self.decoder(z)
+        return params.to(z.dtype)
 
     def sample_prior(self, eps: Tensor) -> Tensor:
         """z from p(z), made of standard normal noise: (N, L) -> (N, L); here p(z) = N(0, I), so z = eps."""
@@ -267,9 +270,9 @@ def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: i
         images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), which have no labels.
     """
     pixels, labels = (images.pixels, images.labels) if isinstance(images, ImageSet) else (images, None)
-    bind, start = labels is not None and model.needs_labels, 0
+    start = 0
     for x, keys in observations(model, pixels, batch_size, seed):
-        yield model.given(labels[start : start + len(x)]) if bind else model, x, keys
+        yield (model if labels is None or not model.needs_labels else model.given(labels[start : start + len(x)])), x, keys
         start += len(x)
 
 
@@ -317,6 +320,13 @@ def mlp_vae(
         latent_dim: size of z.
         likelihood: a name, a config or a `Likelihood`.
         activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
+
+    Example:
+        >>> import vaelib
+        >>> model = vaelib.mlp_vae((1, 28, 28), hidden_dims=(32,), latent_dim=2)
+        >>> x = model.likelihood.observe(vaelib.load_images("digits", "test").pixels)
+        >>> model.elbo(x).kl.shape
+        torch.Size([297])
     """
     likelihood, hidden_dims = make_likelihood(likelihood), check_hidden_dims(hidden_dims)
     encoder = MLPEncoder(image_shape, hidden_dims, latent_dim, activation)
@@ -350,6 +360,12 @@ def conv_vae(
         channels: of each of the encoder's stages.
         residual_blocks: residual blocks at each stage, in the encoder and in the decoder.
         activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
+
+    Example:
+        >>> import vaelib
+        >>> model = vaelib.conv_vae((3, 32, 32), latent_dim=16, channels=(8, 16))
+        >>> model.encode(model.likelihood.observe(vaelib.load_images("shapes", "test").pixels[:5])).mean.shape
+        torch.Size([5, 16])
     """
     likelihood = make_likelihood(likelihood)
     image_shape, channels = check_image_shape("image_shape", image_shape), check_channels(channels)

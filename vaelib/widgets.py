@@ -105,7 +105,7 @@ def interpolation_slider(model: VAE, images: ImageSet | Tensor, caption: str, al
     strip = f"{100 / steps:.1f}cqw"
     wide = f"max({100 * rows / columns:.1f}cqw + 120px, 50cqw) + {strip} + 82px"
     narrow = f"{200 * rows / columns:.1f}cqw + {strip} + 394px"
-    return widget("interpolation", data, caption, alt, sheet(interpolate(model, *images[:2], steps), steps), wide, narrow)
+    return widget("interpolation", data, caption, alt, sheet(interpolate(model, images[0], images[1], steps), steps), wide, narrow)
 
 
 def traversal_sliders(
@@ -154,16 +154,16 @@ def retrieval_browser(
     queries, gallery = queries.cpu(), check_pixels("gallery", gallery, shape).cpu()
     if not isinstance(neighbours, Mapping) or not neighbours:
         raise ValueError(f"neighbours: got {describe(neighbours)}, expected a dict from a distance's name to indices (Q, k)")
-    neighbours = {name: found.indices if isinstance(found, Neighbours) else found for name, found in neighbours.items()}
-    k = max((value.shape[-1] for value in neighbours.values() if isinstance(value, Tensor) and value.dim()), default=0)
-    for name, found in neighbours.items():
+    indices = {name: found.indices if isinstance(found, Neighbours) else found for name, found in neighbours.items()}
+    k = max((value.shape[-1] for value in indices.values() if isinstance(value, Tensor) and value.dim()), default=0)
+    for name, found in indices.items():
         good = isinstance(found, Tensor) and found.dtype == torch.int64 and found.shape == (len(queries), k) and k > 0
         if not good or found.min() < 0 or found.max() >= len(gallery):
             expected = f"int64 indices ({len(queries)}, k) from 0 to {len(gallery) - 1}, the same k for each distance"
             raise ValueError(f"neighbours[{name!r}]: got {describe(found)}, expected {expected}")
     if (query_labels is None) != (gallery_labels is None):
         raise ValueError("query_labels, gallery_labels: got one of them, expected both or none")
-    names, table = [str(name) for name in neighbours], torch.stack(list(neighbours.values())).cpu()  # (distances, Q, k)
+    names, table = [str(name) for name in indices], torch.stack(list(indices.values())).cpu()  # (distances, Q, k)
     used, place = table.unique(return_inverse=True)
     labels = named("gallery_labels", gallery_labels, len(gallery), classes)
     atlas = base64.b64encode(png(tile(torch.cat([queries, gallery[used]]), 32, gap=0))).decode()

@@ -1,0 +1,104 @@
+"""Lighthouse's scores of the built book, desktop: performance, accessibility, best practices, search engines.
+
+    python benchmarks/lighthouse.py [--pages intro elbo generation] [--rounds 3] [--json]
+
+Needs the built book (`make book`), node (18.16 or newer) and Chromium or Chrome; `npx` gets Lighthouse itself, in the version below,
+or LIGHTHOUSE names its command. The pages are served from this machine, compressed as a public server does, below the path where they
+are published. Of each score the median of the rounds counts: performance varies with what else the machine does, the others do not.
+
+With VAELIB_RESULTS set the table is entered into the ledger as `lighthouse`.
+"""
+
+import argparse
+import functools
+import gzip
+import http.server
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from vaelib.ledger import hardware, record
+
+VERSION = "12.8.2"  # the last that runs on node 18 and 20
+HTML = Path(__file__).parent.parent / "_build" / "html"
+PREFIX = "/vae-book"
+CATEGORIES = ("performance", "accessibility", "best-practices", "seo")
+FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-background-networking --disable-component-update --disable-sync"
+
+
+class Compressed(http.server.SimpleHTTPRequestHandler):
+    """Serves the book below PREFIX, text compressed with gzip."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path.removeprefix(PREFIX)))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, kind = path.read_bytes(), self.guess_type(path)
+        self.send_response(200)
+        if path.suffix in {".html", ".css", ".js", ".svg"}:
+            data = gzip.compress(data)
+            self.send_header("Content-Encoding", "gzip")
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments):
+        pass
+
+
+def scores(address, chrome):
+    """One run of Lighthouse: the scores from 0 to 100, and the kilobytes that the page loads."""
+    command = shlex.split(os.environ.get("LIGHTHOUSE", f"npx --yes lighthouse@{VERSION}"))
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "report.json"
+        options = ["--preset=desktop", "--quiet", "--output=json", f"--output-path={out}", f"--chrome-flags={FLAGS}"]
+        subprocess.run([*command, address, *options], check=True, env={**os.environ, "CHROME_PATH": chrome})
+        report = json.loads(out.read_text(encoding="utf-8"))
+    found = {name: round(100 * report["categories"][name]["score"]) for name in CATEGORIES}
+    return found | {"kilobytes": round(report["audits"]["total-byte-weight"]["numericValue"] / 1000)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pages", nargs="+", default=["intro", "elbo", "generation"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    chrome = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+    missing = [name for name in arguments.pages if not (HTML / f"{name}.html").is_file()]
+    if missing:
+        raise SystemExit(f"pages: got {', '.join(missing)}, expected pages of the built book: run make book first")
+    if chrome is None:
+        raise SystemExit("there is no Chromium or Chrome to measure in")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Compressed, directory=HTML))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    start, metrics = time.perf_counter(), {"lighthouse": VERSION, "pages": {}}
+    for name in arguments.pages:
+        address = f"http://127.0.0.1:{server.server_port}{PREFIX}/{name}.html"
+        rounds = [scores(address, chrome) for _ in range(arguments.rounds)]
+        metrics["pages"][name] = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+    server.shutdown()
+    command = f"python benchmarks/lighthouse.py --pages {' '.join(arguments.pages)} --rounds {arguments.rounds}"
+    made = record("lighthouse", command, 0, time.perf_counter() - start, metrics)
+    if arguments.json:
+        print(json.dumps(made))
+        return
+    print(f"{hardware()['processor']}, Lighthouse {VERSION}, desktop, median of {arguments.rounds}")
+    for name, row in metrics["pages"].items():
+        print(f"  {name:28}" + "  ".join(f"{key} {value:g}" for key, value in row.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Mends what the theme leaves wrong in the built pages: names for screen readers, noise in the console, weight, descriptions.
+
+`tests/test_web.py` holds the pages to it. A build that leaves pages as they are may run the rules on them again: that changes nothing.
+"""
+
+import hashlib
+import re
+import shutil
+import struct
+from html import escape, unescape
+from pathlib import Path
+from urllib.parse import urljoin, urlparse
+
+from docutils import nodes
+from sphinx.util.osutil import relative_uri
+
+LENGTH = 110  # a description ends with the sentence that reaches so many characters
+MATHS = "\ufffc"  # stands for a formula
+SYSTEM_THEME = '(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")'
+# The theme looks for what scrolls, to let the keyboard reach it, at load and when the window changes: let it look when a fold opens too.
+UNFOLDED = """["toggle", "click"].forEach(kind => document.addEventListener(kind, event => {
+    if (event.target.closest?.("details, .toggle")) window.dispatchEvent(new Event("resize"));
+}, true));"""
+RULES = [  # pattern, what replaces it
+    # The accessible name has to contain the words that are seen (WCAG 2.5.3).
+    (r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"', r"\1"),
+    (r'(<i class="theme-switch [^>]*?) title="[^"]*"', r'\1 aria-hidden="true"'),
+    (r'<summary aria-label="Toggle hidden content">', "<summary>"),
+    # A role that ARIA dropped; the list around it stays.
+    (r'role="doc-biblioentry"', 'role="listitem"'),
+    # Thebe's constants stand twice on each page, which is an error, and nothing here uses Thebe.
+    (r"\s*<script>const THEBE_JS_URL.*?</script>", ""),
+    (r'\s*<script [^>]*src="[^"]*sphinx-thebe\.js[^>]*></script>', ""),
+    (r'\s*<link [^>]*href="[^"]*sphinx-thebe\.css[^>]*>', ""),
+    (r'\s*<script type="text/x-thebe-config">.*?</script>\s*<script>kernelName = [^<]*</script>', ""),
+    # Without a choice of the reader's, the system's scheme: from the first paint on, and with nothing in the console.
+    (r'localStorage\.getItem\("mode"\) \|\| ""', 'localStorage.getItem("mode") || "auto"'),
+    (r'localStorage\.getItem\("theme"\) \|\| ""', f'localStorage.getItem("theme") || {SYSTEM_THEME}'),
+    (r'data-default-mode=""', 'data-default-mode="auto"'),
+    # Icons are drawn by the style sheet and its fonts; the script draws them again, in half a megabyte.
+    (r"\s*<!-- So that users can add custom icons -->\s*<script [^>]*fontawesome\.js[^>]*></script>", ""),
+    # Only the search page searches; there the three scripts stand before this tag.
+    (r'(<meta name="docsearch:version"[^>]*>)(\s*<script src="[^"]*"></script>){3}', r"\1"),
+    # No script holds up the page; what two of them set is what is the case without them.
+    (r"\s*<script>DOCUMENTATION_OPTIONS\.\w+ = [^<]*</script>", ""),
+    (r"<script (?=[^>]*src=)(?![^>]*(?:defer|async))", "<script defer "),
+    (r'\s*<!-- Pre-loaded scripts[^>]*-->(\s*<link rel="preload" as="script"[^>]*>)+', ""),
+    (r'<meta name="viewport" content="width=device-width, initial-scale=1"\s*/>\s*', ""),
+    # A page without text of its own (index, search, source) is described by its title.
+    (r'\A((?:(?!name="description").)*?)(<title>([^<]*)</title>)', r'\1<meta name="description" content="\3" />\n\2'),
+]
+
+
+def description(doctree: nodes.document) -> str:
+    """The sentences that begin a page and can stand alone: without mathematics, in a paragraph that points to no figure."""
+    for paragraph in next(doctree.findall(nodes.section)).findall(nodes.paragraph):
+        copy = paragraph.deepcopy()
+        for formula in list(copy.findall(nodes.math)):
+            formula.replace_self(nodes.Text(MATHS))
+        text = re.sub(r" \[[^][]*\d{4}[a-z]?\]", "", copy.astext())  # without citations
+        if re.search(r"(Fig\.|Table|Eq\.) \d", text):
+            continue
+        sentences = ""
+        for line in text.splitlines():  # one sentence per source line
+            if MATHS not in line and len(sentences) < LENGTH:
+                sentences = f"{sentences} {line}".strip()
+        if sentences:
+            return sentences
+    return ""
+
+
+def add_description(app, pagename, templatename, context, doctree):
+    """Gives a page its description, which opengraph then takes over."""
+    if doctree:
+        text = escape(description(doctree))
+        context["metatags"] += f'\n<meta name="description" content="{text}" />\n'
+        context["meta"] = (context["meta"] or {}) | {"og:description": text}
+
+
+def not_found(app):
+    """The page that a server shows in place of one that it does not have."""
+    home = relative_uri("404.html", app.builder.get_target_uri(app.config.root_doc))
+    body = f'<h1>There is no such page</h1>\n<p>It may have moved. Begin at the <a href="{home}">first page</a>, or search.</p>'
+    return [("404", {"title": "Page not found", "pagetitle": "Page not found", "body": body}, "page.html")]
+
+
+def lighter(page: str, address: str, folder: Path) -> str:
+    """The page with its figures loaded as the reader comes to them: images keep their place, figures to touch get files of their own."""
+
+    def image(match):
+        path = (folder / address).parent / match[1]
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])  # of a PNG file
+        return f'<img loading="lazy" width="{width}" height="{height}"{match[0][4:]}'
+
+    def frame(match):
+        data = unescape(match[1]).encode()
+        name = f"_frames/{hashlib.sha256(data).hexdigest()[:16]}.html"
+        (folder / "_frames").mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
+        return f'<iframe src="{relative_uri(address, name)}"'
+
+    page = re.sub(r'<img (?!loading)[^>]*?src="([^":]*_images/[^"]*\.png)"', image, page)
+    return re.sub(r'<iframe srcdoc="([^"]*)"', frame, page)
+
+
+def mend(app, error):
+    """Makes every page lighter and applies the rules to it; writes the site map and the index."""
+    if error or app.builder.format != "html":
+        return
+    folder, root = Path(app.outdir), app.config.html_baseurl
+    for path in folder.rglob("*.html"):
+        address = path.relative_to(folder).as_posix()
+        if address.startswith(("_static/", "_frames/")):
+            continue
+        text = path.read_text(encoding="utf-8")
+        page = lighter(text, address, folder)
+        for pattern, replacement in RULES:
+            page = re.sub(pattern, replacement, page, flags=re.DOTALL)
+        if address == "404.html":  # shown at any depth, so its addresses start at the site's root
+            page = re.sub(r'((?:href|src|action|content_root)=")(?![a-z]+:|#|/)', rf"\g<1>{urlparse(root).path}", page)
+        if page != text:
+            path.write_text(page, encoding="utf-8")
+    pages = sorted(urljoin(root, app.builder.get_target_uri(name)) for name in app.env.found_docs)
+    urls = "".join(f"<url><loc>{escape(page)}</loc></url>\n" for page in pages)
+    site_map = f'<?xml version="1.0" encoding="utf-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n'
+    (folder / "sitemap.xml").write_text(site_map, encoding="utf-8")
+    shutil.copyfile(folder / app.builder.get_target_uri(app.config.root_doc), folder / "index.html")  # in place of a redirect
+
+
+def setup(app):
+    app.add_js_file(None, body=UNFOLDED)
+    app.connect("html-page-context", add_description, priority=400)  # before opengraph
+    app.connect("html-collect-pages", not_found)
+    app.connect("build-finished", mend, priority=900)  # after the theme
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

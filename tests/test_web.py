@@ -1,0 +1,284 @@
+"""The rendered pages in a real browser (`make book`): accessible, quiet, light, and known to search engines.
+
+Each page is loaded once, with all but its own server cut off, and looked at wide and narrow, light and dark, its folds open.
+The rules are those of axe-core 4.14.1, which stands in tests/web (Mozilla Public License 2.0).
+"""
+
+import functools
+import gzip
+import http.server
+import re
+import threading
+from html import unescape
+from pathlib import Path
+from urllib.parse import unquote, urljoin, urlparse
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parent.parent
+HTML = ROOT / "_build" / "html"
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+SITE = CONFIG["html"]["baseurl"]
+PREFIX = urlparse(SITE).path  # pages are served below it, as where they are published
+CONTENTS = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
+OTHERS = ["404", "genindex", "index", "search", "_modules/index", "_modules/vaelib/vae"]  # made by Sphinx and the extension
+AXE = (Path(__file__).parent / "web" / "axe.min.js").read_text(encoding="utf-8")
+RUN_AXE = """async () => {
+    const tags = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"];
+    const found = await axe.run(document, {runOnly: {type: "tag", values: tags}, resultTypes: ["violations"], iframes: false});
+    return found.violations.flatMap(rule => rule.nodes.map(node => `${rule.id}: ${node.html.slice(0, 200)}`));
+}"""
+STATES = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
+LIMIT = 1_500_000  # bytes of a page with all that it loads, compressed
+
+pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the book is not built: run make book first")
+
+
+class Pages(http.server.SimpleHTTPRequestHandler):
+    """Serves the book below PREFIX, and its 404 page for what is not there, as GitHub Pages does."""
+
+    def translate_path(self, path):
+        return super().translate_path(path.removeprefix(PREFIX.rstrip("/")))
+
+    def send_error(self, code, message=None, explain=None):
+        body = (HTML / "404.html").read_bytes()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    """Where the book is served, with the prefix."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Pages, directory=HTML))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}{PREFIX}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def open_page(browser, address):
+    """Opens a page in a context of its own; `.said` and `.asked` hold errors and the addresses asked for."""
+    contexts = []
+
+    def load(name, width=1280, scheme="light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.said, tab.asked = [], []
+        context.on("request", lambda request: tab.asked.append(request.url))
+        tab.on("console", lambda message: message.type == "error" and tab.said.append(message.text))
+        tab.on("pageerror", lambda error: tab.said.append(str(error)))
+        context.route("**/*", lambda route: route.continue_() if route.request.url.startswith(address) else route.abort())
+        tab.goto(address + name)
+        tab.evaluate("() => window.MathJax && MathJax.startup.promise.then(() => null)")
+        return tab
+
+    yield load
+    for context in contexts:
+        context.close()
+
+
+def text_of(name):
+    return (HTML / f"{name}.html").read_text(encoding="utf-8")
+
+
+def head_of(name):
+    return BeautifulSoup(text_of(name).partition("</head>")[0], "html.parser")
+
+
+def transferred(address, url):
+    """The bytes of a file of the book as a server sends them: what is text is compressed."""
+    path = HTML / unquote(urlparse(url).path.removeprefix(PREFIX))
+    data = path.read_bytes()
+    return len(gzip.compress(data)) if path.suffix in {".html", ".css", ".js", ".svg"} else len(data)
+
+
+@pytest.mark.parametrize("name", PAGES + OTHERS)
+def test_a_page_is_accessible_quiet_and_light_in_every_state(name, open_page, address):
+    tab = open_page(f"{name}.html")
+    weight = sum(transferred(address, url) for url in set(tab.asked) if url.startswith(address))
+    tab.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
+    tab.evaluate("document.querySelectorAll('button.toggle-button-hidden').forEach(button => button.click())")
+    assert tab.locator(".toggle-hidden").count() == 0
+    for frame in tab.locator("article iframe").all():
+        frame.scroll_into_view_if_needed()
+        frame.content_frame.locator("main").wait_for()
+    for frame in tab.frames:
+        frame.evaluate(AXE)
+    faults = {}
+    for width, scheme in STATES:
+        tab.set_viewport_size({"width": width, "height": 900})
+        tab.emulate_media(color_scheme=scheme)
+        tab.wait_for_function("scheme => document.documentElement.dataset.theme === scheme", arg=scheme)
+        tab.wait_for_timeout(600)  # the theme's transitions, and its delay after a change of size
+        found = [fault for frame in tab.frames for fault in frame.evaluate(RUN_AXE)]
+        tab.evaluate("window.scrollTo(2000, 0)")
+        found += ["scrolls sideways"] * (tab.evaluate("window.scrollX") != 0)
+        if found:
+            faults[width, scheme] = found
+    assert faults == {}
+    assert tab.said == []
+    assert [url for url in tab.asked if not url.startswith((address, "about:", "data:", "blob:"))] == []
+    assert weight <= LIMIT
+
+
+def test_the_check_of_accessibility_finds_the_faults_of_the_theme_when_they_are_put_back(open_page):
+    tab = open_page("elbo.html")
+    tab.evaluate(AXE)
+    assert tab.evaluate(RUN_AXE) == []
+    tab.evaluate("""() => {
+        document.querySelector("[role=listitem]").setAttribute("role", "doc-biblioentry");
+        document.querySelector("details.hide summary").setAttribute("aria-label", "Toggle hidden content");
+        document.querySelector("article img").removeAttribute("alt");
+        document.querySelector("article p").style.color = "#aaa";
+    }""")
+    faults = {fault.partition(":")[0] for fault in tab.evaluate(RUN_AXE)}
+    assert {"aria-deprecated-role", "label-content-name-mismatch", "image-alt", "color-contrast"} <= faults
+
+
+def test_pages_have_each_its_own_title_and_its_own_description_in_words():
+    heads = {name: head_of(name) for name in PAGES}
+    titles = [head.title.text for head in heads.values()]
+    found = {name: [tag["content"] for tag in head.select('meta[name="description"]')] for name, head in heads.items()}
+    assert all(len(texts) == 1 and 30 <= len(texts[0]) <= 300 for texts in found.values()), found
+    words = [texts[0] for texts in found.values()]
+    assert len(set(titles)) == len(set(words)) == len(PAGES)
+    assert all(text[0].isupper() and text[-1] in ".?!" and not set(text) & set("\\$^_{}<>\ufffc") for text in words), words
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_names_its_one_address_and_its_card(name):
+    head = head_of(name)
+    card = {tag["property"]: tag["content"] for tag in head.select('meta[property^="og:"]')}
+    assert [link["href"] for link in head.select('link[rel="canonical"]')] == [f"{SITE}{name}.html"] == [card["og:url"]]
+    assert card["og:site_name"] == CONFIG["title"]
+    assert card["og:title"] in head.title.text
+    assert card["og:description"] == head.select_one('meta[name="description"]')["content"]
+    if "og:image" in card:
+        assert (HTML / card["og:image"].removeprefix(SITE)).is_file()
+        assert len(card["og:image:alt"]) > 40
+    assert (HTML / f"{name}.html").parent.joinpath(head.select_one('link[rel="icon"]')["href"]).is_file()
+
+
+def test_the_site_map_lists_every_page_and_nothing_else():
+    tree = ElementTree.parse(HTML / "sitemap.xml")
+    names = {"s": "http://www.sitemaps.org/schemas/sitemap/0.9"}
+    assert sorted(place.text for place in tree.findall("s:url/s:loc", names)) == sorted(f"{SITE}{name}.html" for name in PAGES)
+
+
+def test_every_link_and_anchor_of_every_page_resolves():
+    texts = {path: path.read_text(encoding="utf-8") for path in HTML.rglob("*.html") if "_static" not in path.parts}
+    anchors = {path: {*re.findall(r' id="([^"]+)"', text), *re.findall(r' name="([^"]+)"', text)} for path, text in texts.items()}
+    broken = []
+    for path, text in texts.items():
+        here = urljoin(SITE, path.relative_to(HTML).as_posix())
+        for link in set(re.findall(r'<\w+ [^<>]*?(?:href|src)="([^"]*)"', text)):
+            place = urlparse(urljoin(here, unescape(link)))
+            if not place.geturl().startswith(SITE):
+                continue
+            target = HTML / unquote(place.path.removeprefix(PREFIX))
+            if not target.is_file() or (place.fragment and unquote(place.fragment) not in anchors.get(target, ())):
+                broken.append((here, link))
+    assert len(texts) > len(PAGES) + len(OTHERS)
+    assert broken == []
+
+
+def test_an_address_that_is_not_there_shows_a_page_that_leads_back_at_any_depth(open_page, address):
+    tab = open_page("assignments/nowhere/page.html")
+    assert len(tab.asked) > 5
+    assert all(url.startswith(address) for url in tab.asked)
+    assert [line for line in tab.said if "404" not in line] == []  # the page itself is one
+    assert len(tab.said) <= 1
+    assert "no such page" in tab.locator("article h1").inner_text()
+    tab.locator("article a", has_text="first page").click()
+    tab.wait_for_url(address + "intro.html")
+
+
+def test_the_first_page_stands_at_the_address_of_the_book():
+    assert text_of("index") == text_of("intro")
+
+
+def test_without_a_choice_the_page_follows_the_system_and_a_choice_stays(open_page):
+    tab = open_page("notation.html", scheme="dark")
+    theme = lambda: tab.evaluate("document.documentElement.dataset.theme")  # noqa: E731
+    assert theme() == "dark"
+    tab.emulate_media(color_scheme="light")
+    tab.wait_for_function("document.documentElement.dataset.theme === 'light'")
+    button = tab.locator("button.theme-switch-button").first
+    while tab.evaluate("document.documentElement.dataset.mode") != "dark":
+        button.click()
+    assert theme() == "dark"
+    tab.goto(tab.url.replace("notation", "protocol"))
+    assert theme() == "dark"
+
+
+def test_the_keyboard_opens_the_search_and_the_search_finds_a_page(open_page):
+    tab = open_page("intro.html")
+    tab.keyboard.press("Control+k")
+    tab.locator("#pst-search-dialog input[type=search]").fill("Bernoulli")
+    tab.keyboard.press("Enter")
+    tab.wait_for_url("**/search.html?q=Bernoulli*")
+    tab.locator("#search-results li a[href*='mnist-mlp.html']").first.wait_for()
+
+
+def test_folds_open_and_code_is_copied(open_page):
+    tab = open_page("elbo.html")
+    fold = tab.locator("details.hide").first
+    inside = fold.locator("pre").first
+    assert not inside.is_visible()
+    fold.locator("summary").click()
+    assert inside.is_visible()
+    solution = tab.locator("div.solution.dropdown").first
+    assert not solution.locator("p").last.is_visible()
+    solution.locator("button.toggle-button").click()
+    assert solution.locator("p").last.is_visible()
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    button = tab.locator("button.copybtn >> visible=true").first
+    code = button.locator("xpath=preceding-sibling::pre").inner_text()
+    button.click(force=True)
+    assert tab.evaluate("navigator.clipboard.readText()").strip() == code.strip()
+
+
+def test_the_menus_of_a_phone_open_and_close(open_page):
+    tab = open_page("elbo.html", width=390)
+    chapters = tab.locator("#pst-primary-sidebar-modal, #pst-primary-sidebar").locator("a", has_text="Retrieval").first
+    assert not chapters.is_visible()
+    tab.locator("button.primary-toggle").first.click()
+    chapters.wait_for()
+    tab.keyboard.press("Escape")
+    chapters.wait_for(state="hidden")
+
+
+def test_figures_to_touch_are_asked_for_only_when_the_reader_comes_to_them(open_page):
+    tab = open_page("generation.html")
+    frames = tab.locator("article iframe")
+    assert frames.count() > 0
+    assert [url for url in tab.asked if "/_frames/" in url] == []
+    with tab.context.expect_event("request", lambda request: "/_frames/" in request.url):
+        frames.last.scroll_into_view_if_needed()
+    frames.last.content_frame.locator("canvas").first.wait_for()
+
+
+def test_a_page_opened_from_a_file_shows_its_mathematics_and_its_figures_to_touch(browser):
+    context = browser.new_context()
+    try:
+        tab = context.new_page()
+        tab.goto((HTML / "generation.html").as_uri())
+        tab.locator("mjx-container").first.wait_for()
+        frame = tab.locator("article iframe").first
+        frame.scroll_into_view_if_needed()
+        frame.content_frame.locator("canvas").first.wait_for()
+    finally:
+        context.close()
