@@ -10,13 +10,14 @@ CHAPTERS_LAX := book/mnist-mlp.ipynb book/cifar-conv.ipynb book/generation.ipynb
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help colab-check dist links matrix assignment rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: help lighthouse colab-check dist links matrix assignment rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help:
 	@echo "make book       render the book to _build/html/index.html"
 	@echo "make test       unit tests and every notebook, fast tier, no network"
 	@echo "make test-real  tests on the real data sets in \$$VAELIB_DATA"
 	@echo "make test-book  tests on the rendered pages"
+	@echo "make lighthouse  score three built pages (needs npx)"
 	@echo "make execute    re-run the notebooks on real data and store their outputs and results"
 	@echo "make rows       train and score the rows of the CIFAR tables that are missing"
 	@echo "make retrieval-rows  the same for the retrieval tables"
@@ -55,7 +56,10 @@ book: $(READY)
 	@echo "The book: _build/html/index.html"
 
 test-book: $(READY)
-	$(BIN)/python -m pytest tests/test_built_book.py
+	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py
+
+lighthouse: $(READY)
+	VAELIB_RESULTS=results $(BIN)/python benchmarks/lighthouse.py
 
 execute: $(READY)
 	$(BIN)/python book/_scripts/execute.py $(CHAPTERS_STRICT) $(CHAPTERS_LAX)

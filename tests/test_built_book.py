@@ -61,7 +61,7 @@ def test_internal_links_and_anchors_resolve(name):
         address = urlparse(link["href"])
         if address.scheme or address.netloc:
             continue
-        target = HTML / unquote(address.path) if address.path else HTML / f"{name}.html"
+        target = (HTML / name).parent / unquote(address.path) if address.path else HTML / f"{name}.html"
         if not target.exists():
             broken.append(link["href"])
         elif address.fragment and target.suffix == ".html":
