@@ -358,7 +358,7 @@ RETRIEVAL_MISTAKES: Mistakes = {  # q: query_codes, x: database_codes
 def check_retrieval(fn: Callable[[Tensor, Tensor, int], Tensor]) -> str:
     """Judges retrieval(query_codes, database_codes, k): (Q, L) and (N, L) -> int64 indices (Q, k), nearest first.
 
-    The distance is the Euclidean one; ties may come in any order. The mistakes are in `RETRIEVAL_MISTAKES`.
+    The distance is the Euclidean one; ties may come in any order. The mistakes are in `RETRIEVAL_MISTAKES`, with "own-noise".
     """
     cases = []
     for q, n, k in ((7, 30, 4), (3, 12, 2)):
