@@ -1,13 +1,19 @@
 """Shared pieces of the tests: one torch thread, small models, and the switch for the real data sets."""
 
+import functools
+import http.server
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from pathlib import Path
+from urllib.parse import urlparse
 
 import hypothesis
 import pytest
 import torch
+import yaml
 
 import vaelib
 from vaelib.data import CHECKSUMS, data_folder
@@ -83,3 +89,38 @@ def browser():
         browser = driver.chromium.launch(executable_path=found, args=flags.split())
         yield browser
         browser.close()
+
+
+class Pages(http.server.SimpleHTTPRequestHandler):
+    """Serves a book below a prefix, and its 404 page for what is not there, as GitHub Pages does; says nothing."""
+
+    def __init__(self, *arguments, prefix, **options):
+        self.prefix = prefix
+        super().__init__(*arguments, **options)
+
+    def translate_path(self, path):
+        return super().translate_path(path.removeprefix(self.prefix.rstrip("/")))
+
+    def send_error(self, code, message=None, explain=None):
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.end_headers()
+        self.wfile.write((Path(self.directory) / "404.html").read_bytes())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="session")
+def address():
+    """Where the built book is served, with the prefix that its published address has."""
+    root = Path(__file__).parent.parent
+    prefix = urlparse(yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["html"]["baseurl"]).path
+    handler = functools.partial(Pages, directory=root / "_build" / "html", prefix=prefix)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}{prefix}"
+    server.shutdown()
+    thread.join()
+    server.server_close()

@@ -1,8 +1,5 @@
 """The rendered pages, where they were built (`make book`): alt texts, links, Colab buttons, nothing fetched from elsewhere."""
 
-import functools
-import http.server
-import threading
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -19,25 +16,6 @@ pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the 
 
 
 FIGURES = [("generation", 0), ("generation", 1), ("generation", 2), ("retrieval", 0)]
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves the book and says nothing."""
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture(scope="module")
-def address():
-    """Where the built book is served."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=HTML))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 def page(name):

@@ -4,11 +4,8 @@ Each page is loaded once, with all but its own server cut off, and looked at wid
 The rules are those of axe-core 4.14.1, which stands in tests/web (Mozilla Public License 2.0).
 """
 
-import functools
 import gzip
-import http.server
 import re
-import threading
 from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlparse
@@ -36,35 +33,6 @@ STATES = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 LIMIT = 1_500_000  # bytes of a page with all that it loads, compressed
 
 pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the book is not built: run make book first")
-
-
-class Pages(http.server.SimpleHTTPRequestHandler):
-    """Serves the book below PREFIX, and its 404 page for what is not there, as GitHub Pages does."""
-
-    def translate_path(self, path):
-        return super().translate_path(path.removeprefix(PREFIX.rstrip("/")))
-
-    def send_error(self, code, message=None, explain=None):
-        body = (HTML / "404.html").read_bytes()
-        self.send_response(code)
-        self.send_header("Content-Type", "text/html; charset=utf-8")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture(scope="module")
-def address():
-    """Where the book is served, with the prefix."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Pages, directory=HTML))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}{PREFIX}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
 
 
 @pytest.fixture
