@@ -1,0 +1,50 @@
+"""The page book/ran-on.md: when and where each chapter was run, from results/ran-on.json.
+
+python book/_scripts/ran_on.py    writes the page; a test holds it to the file.
+"""
+
+import json
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "book" / "ran-on.md"
+HEAD = """# Where it ran
+
+The outputs that you see are those of one full run of each chapter.
+`make execute` makes them, and writes down when, on what and for how long.
+This page is made from that record, `results/ran-on.json`, by `python book/_scripts/ran_on.py`.
+
+| chapter | date | minutes | hardware | Python | torch | commit |
+|---|---|---|---|---|---|---|
+"""
+TAIL = """
+The sum is {total:.1f} minutes.
+Minutes are the wall time of the whole notebook, with imports and figures.
+"+changes" behind a commit says that the library or a script had been edited since that commit.
+Long runs that the chapters only read, such as the rows of the CIFAR-10 tables, are not in these minutes; their own files in `results/` say how long they took.
+[](troubleshooting.md) says which of the numbers you should get again.
+"""
+
+
+def hardware(record):
+    """Processor, cores, threads and GPU of a record, in words."""
+    threads = f"{record['threads']} thread{'s' * (record['threads'] != 1)}"
+    return f"{record['processor']}, {record['cores']} cores, {threads}, {record['gpu'] or 'no GPU'}"
+
+
+def page(runs):
+    """The page's text: one row for each chapter of `runs`, the content of ran-on.json."""
+    rows = [
+        f"| []({name}.ipynb) | {run['date']} | {run['seconds'] / 60:.1f} | {hardware(run['hardware'])} "
+        f"| {run['versions']['python']} | {run['versions']['torch']} | {run['commit'] or 'not known'} |\n"
+        for name, run in runs.items()
+    ]
+    return HEAD + "".join(rows) + TAIL.format(total=sum(run["seconds"] for run in runs.values()) / 60)
+
+
+if __name__ == "__main__":
+    partial = PAGE.with_name(f"{PAGE.name}.partial")
+    partial.write_text(page(json.loads((ROOT / "results" / "ran-on.json").read_text(encoding="utf-8"))), encoding="utf-8")
+    os.replace(partial, PAGE)
+    print(PAGE)
