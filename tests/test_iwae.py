@@ -105,6 +105,8 @@ def test_value_and_decoder_gradient_are_those_of_the_plain_bound(tiny):
     for objective in ("iwae", "dreg"):
         terms = model(x.expand(3, 1, 4, 4), eps, objective)
         found.append((terms.elbo.detach(), torch.autograd.grad(terms.elbo.sum(), list(model.decoder.parameters()))))
+        assert terms.kl_per_unit.shape == (3, 2)
+        torch.testing.assert_close(terms.kl_per_unit.sum(1), terms.kl)
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[0][0], model.importance_weighted_bound(x.expand(3, 1, 4, 4), 7, eps).detach())
 
@@ -199,6 +201,12 @@ def test_the_elbo_of_two_layers_is_the_mean_log_weight(two_layers, generator):
     assert ((terms.elbo - weights.mean(0)).abs() < 5 * error).all()
     assert terms.kl_per_unit.shape == (6, 3)
     torch.testing.assert_close(terms.kl_per_unit.sum(1), terms.kl)
+
+
+def test_the_bound_of_two_layers_that_is_trained_is_that_of_their_log_weights(two_layers):
+    model, x, *_ = two_layers
+    eps = torch.randn(5, 6, 3)
+    torch.testing.assert_close(model(x, eps, "iwae").elbo, importance_weighted_bound(model.log_weights(x, 5, eps)))
 
 
 def test_draws_from_the_prior_of_two_layers_have_the_exact_covariance(two_layers, generator):

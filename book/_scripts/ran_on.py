@@ -22,7 +22,8 @@ TAIL = """
 The sum is {total:.1f} minutes.
 Minutes are the wall time of the whole notebook, with imports and figures.
 "+changes" behind a commit says that the library or a script had been edited since that commit.
-Long runs that the chapters only read, such as the rows of the CIFAR-10 tables, are not in these minutes; their own files in `results/` say how long they took.
+Long runs that the chapters only read, such as the rows of the CIFAR-10 tables, are not in these minutes.
+Their own files in `results/` say how long they took.
 [](troubleshooting.md) says which of the numbers you should get again.
 """
 
