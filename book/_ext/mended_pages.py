@@ -26,6 +26,8 @@ RULES = [  # pattern, what replaces it
     (r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"', r"\1"),
     (r'(<i class="theme-switch [^>]*?) title="[^"]*"', r'\1 aria-hidden="true"'),
     (r'<summary aria-label="Toggle hidden content">', "<summary>"),
+    # A table that scrolls inside its box on a phone is reached by keyboard.
+    (r'<table class="table', r'<table tabindex="0" class="table'),
     # A role that ARIA dropped; the list around it stays.
     (r'role="doc-biblioentry"', 'role="listitem"'),
     # Thebe's constants stand twice on each page, which is an error, and nothing here uses Thebe.
