@@ -38,7 +38,7 @@ def execute(notebook):
             with redirect_stdout(printed):
                 exec(plain(cell.source), namespace)
             ended.add(place)
-        except Exception as error:
+        except Exception as error:  # as in a kernel: it becomes the cell's output, and the next cell runs
             cell.outputs.append(new_output("error", ename=type(error).__name__, evalue=str(error), traceback=[]))
         cell.outputs.append(new_output("stream", name="stdout", text=printed.getvalue()))
     return ended

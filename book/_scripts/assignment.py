@@ -35,7 +35,8 @@ ROLES = {  # nbgrader's flags: grade, locked, solution
     "test": (True, True, False),
     "essay": (True, False, True),
 }
-STUBS = {"code": "# YOUR CODE HERE\nraise NotImplementedError()", "markdown": "YOUR ANSWER HERE"}  # nbgrader's own words
+# What a student meets, in nbgrader's own words: no code is missing here.
+STUBS = {"code": "# YOUR CODE HERE\nraise NotImplementedError()", "markdown": "YOUR ANSWER HERE"}
 SOLUTION, HIDDEN = (
     re.compile(rf"^([ \t]*)### BEGIN {what}\n(?:.*\n)*?[ \t]*### END {what}(?:\n|$)", re.MULTILINE)
     for what in ("SOLUTION", "HIDDEN TESTS")
@@ -150,7 +151,7 @@ def run(notebook, folder, timeout=300):
     client = NotebookClient(notebook, **settings, on_cell_executed=note, resources={"metadata": {"path": str(folder)}})
     try:
         client.execute()
-    except (DeadKernelError, CellControlSignal, RuntimeError) as error:
+    except (DeadKernelError, CellControlSignal) as error:  # the submission's doing: cells that were not reached earn no points
         print(f"the run broke off: {error}", file=sys.stderr)
     return ended
 
