@@ -130,11 +130,23 @@ def test_the_size_of_the_blocks_does_not_matter(monkeypatch):
     for distance in DISTANCES:
         whole = nearest_neighbours(q, x, 7, distance)
         with monkeypatch.context() as patch:
-            patch.setattr(vaelib.retrieval, "SCORES", 1000)
+            patch.setattr(vaelib.retrieval, "NUMBERS", 1000)
             for block in (1, 4, 100):
                 part = nearest_neighbours(q, x, 7, distance, block)
                 assert torch.equal(part.indices, whole.indices)
                 assert torch.equal(part.distances, whole.distances)
+
+
+def test_both_ways_to_compute_the_products_find_the_same(monkeypatch):
+    q, x = random_codes(30, 5, 1), random_codes(2000, 5, 2)
+    for distance in ("euclidean", "cosine"):
+        found = nearest_neighbours(q, x, 7, distance)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+            patch.setattr(retrieval, "conv2d", None)
+            other = nearest_neighbours(q, x, 7, distance)
+        assert torch.equal(found.indices, other.indices)
+        assert torch.equal(found.distances, other.distances)
 
 
 def test_raw_pixels_are_not_searched_twice(digits, monkeypatch):
