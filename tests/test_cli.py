@@ -125,6 +125,9 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     (("train", "--data", "digits", "--model", "conv", "--latent-dim", "64xx"), "latent_dim: got '64xx', expected integers"),
     (("train", "--data", "digits", "--latent-dim", "a"), "latent_dim: got 'a', expected integers such as 128 or 64x8x8"),
     (("train", "--data", "digits", "--likelihood", "{{"), "expected a name or a JSON object"),
+    (("train", "--data", "digits", "--model-options", "[1]", "--out", "{tmp}/x"), "model-options: got '[1]', expected a JSON object"),
+    (("train", "--data", "digits", "--model-options", '{{"width": 8}}', "--out", "{tmp}/x"), "expected a JSON object with some of act"),
+    (("train", "--data", "digits", "--model-options", "{{", "--out", "{tmp}/x"), "model-options: got '{{', expected a JSON object ("),
     (("train", "--data", "digits", "--precision", "fp16"), "precision: got 'fp16', expected one of 'bf16', 'float32'"),
     (("train", "--data", "digits", "--batch-size", "5000", "--out", "{tmp}"), "batch_size: got 5000, expected at most the 1375"),
     (("train", "--data", "digits", "--out", "{tmp}/file/run"), "out: got"),
@@ -198,6 +201,16 @@ def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_command, 
     assert json.loads((tmp_path / "run.json").read_text())["model"] == model.config
     done = vaelib_command("evaluate", tmp_path, "--json", "--elbo-samples", 1)
     assert 0 < json.loads(done.stdout)["bits_per_dim"] < 10
+
+
+def test_a_hierarchical_model_is_trained_with_the_arguments_of_its_function(vaelib_command, tmp_path):
+    options = {"levels": [[2, 1], [1, 1]], "width": 8, "bottleneck": 4, "blocks": 1}
+    small = ("--data", "shapes", "--model", "hierarchical", "--model-options", json.dumps(options), "--likelihood", "discretized_logistic")
+    done = vaelib_command("train", *small, "--epochs", "1", "--batch-size", "512", "--device", "cpu", "--out", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    model = vaelib.load(tmp_path)
+    assert model.latent_shapes == [(2, 16, 16), (1, 32, 32)]
+    assert json.loads(json.dumps(model.config)).items() >= options.items()
 
 
 def test_overwrite_leaves_nothing_of_the_old_run_even_when_the_new_one_fails(vaelib_command, tmp_path):

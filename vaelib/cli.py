@@ -71,7 +71,7 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         print(f"{key:32} {value:.4f}" if isinstance(value, float) else f"{key:32} {value}")
 
 
-def model_arguments(model: str, likelihood: str, **given: str | int) -> dict[str, Any]:
+def model_arguments(model: str, likelihood: str, options: str = "", **given: str | int) -> dict[str, Any]:
     """The arguments for the model's builder from the text of the command line; what was left out takes the builder's default.
 
     Raises:
@@ -97,7 +97,14 @@ def model_arguments(model: str, likelihood: str, **given: str | int) -> dict[str
             raise ValueError(f"{option}: got {text!r}, expected integers such as {example}") from error
         single = name in ("residual_blocks", "latent_dim") and len(numbers) == 1
         arguments[name] = numbers[0] if single else tuple(numbers)
-    return arguments
+    try:
+        further = json.loads(options or "{}")
+    except ValueError as error:
+        raise ValueError(f"model-options: got {options!r}, expected a JSON object ({error})") from error
+    free = inspect.signature(MODELS[model]).parameters.keys() - arguments.keys() - {"image_shape", "num_classes"}
+    if not isinstance(further, dict) or not further.keys() <= free:
+        raise ValueError(f"model-options: got {options!r}, expected a JSON object with some of {', '.join(sorted(free))}")
+    return arguments | further
 
 
 @app.command()
@@ -112,6 +119,9 @@ def train(
     latent_dim: Annotated[str, typer.Option(help="Size of z; conv: also channels x height x width, such as 64x8x8.")] = "",
     channels: Annotated[str, typer.Option(help="conv: channels of its stages, such as 32,64,128.")] = "",
     residual_blocks: Annotated[str, typer.Option(help="conv: residual blocks after each stage.")] = "",
+    model_options: Annotated[
+        str, typer.Option(help="JSON object with further arguments of the model's function, as in the reference: {\"width\": 64}.")
+    ] = "",
     epochs: int = TrainConfig.epochs,
     batch_size: Annotated[int, typer.Option(help="Images per step, over all processes together.")] = TrainConfig.batch_size,
     optimizer: Annotated[str, typer.Option(help="A class of torch.optim.")] = "Adam",
@@ -148,7 +158,13 @@ def train(
 
     check_choice("model", model, MODELS)
     arguments = model_arguments(
-        model, likelihood, hidden_dims=hidden_dims, latent_dim=latent_dim, channels=channels, residual_blocks=residual_blocks
+        model,
+        likelihood,
+        model_options,
+        hidden_dims=hidden_dims,
+        latent_dim=latent_dim,
+        channels=channels,
+        residual_blocks=residual_blocks,
     )
     config = TrainConfig(
         epochs=epochs,
