@@ -1,6 +1,8 @@
-"""Lighthouse's scores of the built book, desktop: performance, accessibility, best practices, search engines.
+"""Lighthouse's scores of the built book, as a desktop and as a phone: performance, accessibility, best practices, search engines.
 
-    python benchmarks/lighthouse.py [--pages intro elbo generation] [--rounds 3] [--json]
+    python benchmarks/lighthouse.py [--pages intro elbo generation] [--rounds 3] [--phone-rounds 1] [--json]
+
+Without names all pages of the table of contents are scored.
 
 Needs the built book (`make book`), node (18.16 or newer) and Chromium or Chrome; `npx` gets Lighthouse itself, in the version below,
 or LIGHTHOUSE names its command. The pages are served from this machine, compressed as a public server does, below the path where they
@@ -15,6 +17,7 @@ import gzip
 import http.server
 import json
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -28,9 +31,11 @@ from pathlib import Path
 from vaelib.ledger import hardware, record
 
 VERSION = "12.8.2"  # the last that runs on node 18 and 20
-HTML = Path(__file__).parent.parent / "_build" / "html"
+BOOK = Path(__file__).parent.parent / "book"
+HTML = BOOK.parent / "_build" / "html"
 PREFIX = "/vae-book"
 CATEGORIES = ("performance", "accessibility", "best-practices", "seo")
+FORMS = {"desktop": ["--preset=desktop"], "phone": []}  # a slow phone on a slow network is Lighthouse's default
 FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-quic --disable-background-networking --disable-component-update --disable-sync"
 
 
@@ -58,12 +63,17 @@ class Compressed(http.server.SimpleHTTPRequestHandler):
         pass
 
 
-def scores(address, chrome):
+def contents():
+    """The pages of the table of contents, in its order."""
+    return [re.sub(r"\.\w+$", "", name) for name in re.findall(r"(?:file|root): (\S+)", (BOOK / "_toc.yml").read_text(encoding="utf-8"))]
+
+
+def scores(address, chrome, form):
     """One run of Lighthouse: the scores from 0 to 100, and the kilobytes that the page loads."""
     command = shlex.split(os.environ.get("LIGHTHOUSE", f"npx --yes lighthouse@{VERSION}"))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
-        options = ["--preset=desktop", "--quiet", "--output=json", f"--output-path={out}", f"--chrome-flags={FLAGS}"]
+        options = [*FORMS[form], "--quiet", "--output=json", f"--output-path={out}", f"--chrome-flags={FLAGS}"]
         subprocess.run([*command, address, *options], check=True, env={**os.environ, "CHROME_PATH": chrome})
         report = json.loads(out.read_text(encoding="utf-8"))
     found = {name: round(100 * report["categories"][name]["score"]) for name in CATEGORIES}
@@ -72,8 +82,9 @@ def scores(address, chrome):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pages", nargs="+", default=["intro", "elbo", "generation"])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pages", nargs="+", default=contents())
+    parser.add_argument("--rounds", type=int, default=3, help="of the desktop; the median counts")
+    parser.add_argument("--phone-rounds", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     chrome = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
@@ -85,19 +96,27 @@ def main():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Compressed, directory=HTML))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     start, metrics = time.perf_counter(), {"lighthouse": VERSION, "pages": {}}
+    times = {"desktop": arguments.rounds, "phone": arguments.phone_rounds}
     for name in arguments.pages:
         address = f"http://127.0.0.1:{server.server_port}{PREFIX}/{name}.html"
-        rounds = [scores(address, chrome) for _ in range(arguments.rounds)]
-        metrics["pages"][name] = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+        for form in [form for form in FORMS if times[form]]:
+            rounds = [scores(address, chrome, form) for _ in range(times[form])]
+            medians = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+            metrics["pages"].setdefault(name, {})[form] = medians
+            print(f"{name:28} {form:8}" + "  ".join(f"{key} {value:g}" for key, value in medians.items()), file=sys.stderr)
     server.shutdown()
-    command = f"python benchmarks/lighthouse.py --pages {' '.join(arguments.pages)} --rounds {arguments.rounds}"
+    command = f"python benchmarks/lighthouse.py --rounds {arguments.rounds} --phone-rounds {arguments.phone_rounds}"
+    if arguments.pages != contents():
+        command += f" --pages {' '.join(arguments.pages)}"
     made = record("lighthouse", command, 0, time.perf_counter() - start, metrics)
     if arguments.json:
         print(json.dumps(made))
         return
-    print(f"{hardware()['processor']}, Lighthouse {VERSION}, desktop, median of {arguments.rounds}")
-    for name, row in metrics["pages"].items():
-        print(f"  {name:28}" + "  ".join(f"{key} {value:g}" for key, value in row.items()))
+    print(f"{hardware()['processor']}, Lighthouse {VERSION}, the lowest over {len(arguments.pages)} pages")
+    for form in FORMS:
+        rows = [row[form] for row in metrics["pages"].values() if form in row]
+        lowest = {key: min(row[key] for row in rows) for key in CATEGORIES if rows}
+        print(f"  {form:10}" + "  ".join(f"{key} {value:g}" for key, value in lowest.items()))
 
 
 if __name__ == "__main__":
