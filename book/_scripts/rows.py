@@ -31,7 +31,7 @@ ROWS = {
 # a hierarchical VAE as small as two CPU cores need it: the default of `vaelib.hierarchical_vae` takes over an hour an epoch there
 SMALL = '{"levels": [[16, 1], [16, 2], [8, 2], [4, 0]], "width": 64, "bottleneck": 24, "blocks": 1}'
 ROWS["hierarchical-small"] = (
-    "--model hierarchical --flip --precision bf16 --channels-last --epochs 6 --batch-size 64 --learning-rate 2e-3 --skip-norm 1e5 "
+    "--model hierarchical --flip --precision bf16 --channels-last --epochs 6 --batch-size 64 --learning-rate 1e-3 "
     f"--ema-decay 0.999 --likelihood {shlex.quote(MIXTURE)} --model-options {shlex.quote(SMALL)}"
 )
 # layouts of the latents, the same short training for each
