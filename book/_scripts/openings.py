@@ -1,0 +1,276 @@
+"""Draw the picture that opens each chapter: `python book/_scripts/openings.py [chapter ...]`, all seven by default.
+
+The pictures go to book/_static/open-<chapter>.png, the numbers in them to results/openings.json. They are made of the real data in
+$VAELIB_DATA, with the seed 0. Models are kept under runs/ and trained where they are not there: the VAEs of digits and of photographs
+that `retrieval_rows.py` has (on two cores the second takes minutes), and the three models of the chapter mistakes, by the loop that
+stands there. Those of cifar-conv take longer still: `python book/_scripts/rows.py --again vector-mixture spatial-mixture` makes them.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image
+from retrieval_rows import codes, learned
+
+import vaelib
+from vaelib.ledger import entry
+from vaelib.oracles import LinearGaussian
+from vaelib.plotting import PALETTE, STYLE, tile
+from vaelib.retrieval import nearest_neighbours
+from vaelib.storage import write_text
+
+ROOT = Path(__file__).resolve().parents[2]
+LEDGER = ROOT / "results" / "openings.json"
+RUNS = ROOT / "runs"
+ROWS = ("vector-mixture", "spatial-mixture")  # of cifar-conv, trained by rows.py
+WIDTH = 7.6  # inches, of 100 pixels on a wide page
+SIZE = 18  # of the text, in points: 11 pixels on a phone, where a picture is 350 pixels wide
+BLUE, RED, GREEN, AMBER, INK = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[4], PALETTE[6]
+
+
+def canvas(height):
+    """An axes over a whole figure, whose units are inches."""
+    figure = plt.figure(figsize=(WIDTH, height), layout="none")
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(0, height))
+    ax.set_axis_off()
+    return ax
+
+
+def put(ax, pixels, left, bottom, side, columns=1):
+    """Images (N, C, H, W) in a square of a canvas."""
+    limits = ax.get_xlim(), ax.get_ylim()  # which imshow would change
+    extent = (left, left + side, bottom, bottom + side)
+    ax.imshow(tile(pixels, columns), cmap="gray", vmin=0, vmax=255, interpolation="nearest", extent=extent, aspect="auto")
+    ax.set(xlim=limits[0], ylim=limits[1])
+
+
+def digits():
+    """The 784-400-20 of the chapters as the retrieval tables have it, and MNIST's test images."""
+    return learned("mnist", "vae", vaelib.load_images("mnist"))[0], vaelib.load_images("mnist", "test")
+
+
+def elbo():
+    """log p(x) over a weight of the linear-Gaussian model, and under it the ELBO of the q that is the posterior at one weight."""
+    here, far, double = 0.8, 1.9, torch.float64
+    at = lambda weight: LinearGaussian(torch.tensor([[weight]], dtype=double), torch.zeros(1, dtype=double), 0.6)  # noqa: E731
+    x = at(1.5).sample(200, torch.Generator().manual_seed(0))
+    q = at(here).posterior(x)
+    log_var = q.covariance.diagonal().log().expand_as(q.mean)
+    truth = lambda weight: at(weight).log_evidence(x).mean().item()  # noqa: E731
+    bound = lambda weight: at(weight).elbo(x, q.mean, log_var).elbo.mean().item()  # noqa: E731
+    weights = torch.linspace(0.3, 2.4, 200).tolist()
+    upper, lower = [truth(w) for w in weights], [bound(w) for w in weights]
+    ax = plt.figure(figsize=(WIDTH, 3.6)).add_subplot()
+    ax.fill_between(weights, lower, upper, color=AMBER, alpha=0.35, lw=0)
+    ax.plot(weights, upper, color=INK, lw=4)
+    ax.plot(weights, lower, color=BLUE, lw=4)
+    ax.plot(here, truth(here), "o", color=RED, ms=13)
+    ax.text(2.38, upper[-1] + 0.12, r"$\log p(x)$", ha="right", va="bottom")
+    ax.text(1.36, bound(1.36) - 0.1, "ELBO", ha="right", va="top", color=BLUE)
+    ax.text(far, bound(1.55), "gap = KL", ha="center", va="center")
+    ax.annotate(
+        "here $q$ is\nthe posterior", (here, truth(here)), (0.95, -3.15), color=RED, ha="center", va="center",
+        arrowprops={"arrowstyle": "-", "color": RED, "lw": 2, "shrinkB": 8},
+    )  # fmt: skip
+    ax.figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
+    ax.set(xlabel="a weight of the model", ylabel="nats", xticks=[], yticks=[], ylim=(-3.7, -1.6))
+    kl = at(far).posterior_kl(x, q.mean, log_var).mean().item()
+    return {"touch": {"log_evidence": truth(here), "elbo": bound(here)}, "far": {"gap": truth(far) - bound(far), "kl": kl}}
+
+
+def mnist_mlp():
+    """Three test digits, the means of their codes as bars, and what the decoder makes of these."""
+    model, test = digits()
+    shown = test.pixels[torch.tensor([0, 4, 2])]
+    means = vaelib.posterior_means(model, shown)
+    rebuilt, side, step = vaelib.reconstruct(model, shown), 1.15, 1.3
+    ax = canvas(3 * step + 0.55)
+    for row, (image, mean, again) in enumerate(zip(shown, means.tolist(), rebuilt, strict=True)):
+        bottom = (2 - row) * step + 0.08
+        put(ax, image[None], 0.2, bottom, side)
+        put(ax, again[None], WIDTH - 0.2 - side, bottom, side)
+        middle, unit = bottom + side / 2, side / 2 / means.abs().max().item()
+        places = [2.0 + 3.6 * (i + 0.5) / 20 for i in range(20)]
+        ax.bar(places, [unit * m for m in mean], 0.13, middle, color=[BLUE if m > 0 else RED for m in mean])
+        ax.plot([1.95, 5.65], [middle] * 2, color=INK, lw=1.5)
+        for start in (1.43, 5.72):
+            arrow = {"arrowstyle": "-|>", "color": INK, "lw": 2, "mutation_scale": 18}
+            ax.annotate("", (start + 0.42, middle), (start, middle), arrowprops=arrow)
+    for place, text in ((0.2 + side / 2, "784 pixels"), (WIDTH / 2, "20 numbers"), (WIDTH - 0.2 - side / 2, "784 pixels")):
+        ax.text(place, 3 * step + 0.3, text, ha="center", va="center")
+    return {"num_units": model.latent_dim, "test_images": [0, 4, 2], "means": means.tolist()}
+
+
+def cifar_conv():
+    """A test photograph and what two codes keep of it, each with the bits that the photograph takes in all."""
+    test, chosen = vaelib.load_images("cifar10", "test"), 17
+    shown = test.pixels[chosen : chosen + 1]
+    columns = {"as 3072 bytes": (shown, 8.0 * shown.numel(), INK)}
+    metrics = {"test_image": chosen}
+    for row, text, color in zip(ROWS, ("code of 128", "code of 64×8×8"), (RED, BLUE), strict=True):
+        model = vaelib.load(RUNS / "rows" / row)
+        terms = vaelib.heldout_elbo(model, shown, 10)
+        metrics[row] = {"bits": -terms.elbo.item() / math.log(2), "rate_bits": terms.kl.item() / math.log(2)}
+        columns[text] = (vaelib.reconstruct(model, shown), metrics[row]["bits"], color)
+    side = 2.25
+    ax = canvas(side + 1.05)
+    for left, (text, (picture, bits, color)) in zip((0.2, 2.675, 5.15), columns.items(), strict=True):
+        put(ax, picture, left, 0.95, side)
+        ax.text(left + side / 2, 0.68, f"{bits:.0f} bits", ha="center", va="center", weight="bold", color=color)
+        ax.text(left + side / 2, 0.28, text, ha="center", va="center")
+    return metrics
+
+
+def generation():
+    """Test digits rebuilt from their own codes, over draws from the prior."""
+    model, test = digits()
+    rows = {"rebuilt": vaelib.reconstruct(model, test.pixels[:6]), "sampled": vaelib.generate(model, 6, seed=0)}
+    side = 0.98
+    ax = canvas(2 * side + 0.35)
+    for row, (name, pixels) in enumerate(rows.items()):
+        bottom = (1 - row) * (side + 0.15) + 0.1
+        ax.text(0.1, bottom + side / 2, name, va="center", color=(BLUE, RED)[row])
+        for i in range(6):
+            put(ax, pixels[i : i + 1], 1.5 + i * (side + 0.03), bottom, side)
+    return {"num_units": model.latent_dim}
+
+
+def retrieval():
+    """A test photograph and the five training images that are nearest by pixels, by PCA and by the means of a VAE."""
+    train, test = vaelib.load_images("cifar10"), vaelib.load_images("cifar10", "test")
+    found, right = {}, {}
+    for name, row in (("pixels", "pixels"), ("PCA", "pca"), ("VAE", "vae")):
+        (database, queries), distance, _ = codes("cifar10", row, train, test)
+        found[name] = nearest_neighbours(queries[:300], database, 5, distance).indices
+        right[name] = train.labels[found[name]] == test.labels[:300, None]
+    usual = torch.stack([(own.sum(1) >= 1) & (own.sum(1) <= 2) for own in right.values()]).all(0)
+    query = usual.nonzero()[0].item()
+    side = 0.93
+    ax = canvas(3 * side + 0.5)
+    put(ax, test.pixels[query : query + 1], 0.1, 0.62, 1.6)
+    ax.text(0.9, 2.45, "query", ha="center", va="center")
+    for row, name in enumerate(found):
+        bottom = 0.1 + (2 - row) * (side + 0.1)
+        ax.text(1.85, bottom + side / 2, name, va="center")
+        for i, neighbour in enumerate(found[name][query].tolist()):
+            left = 2.77 + i * (side + 0.02)
+            put(ax, train.pixels[neighbour : neighbour + 1], left, bottom, side)
+            if right[name][query, i]:
+                ax.add_patch(plt.Rectangle((left + 0.03, bottom + 0.03), side - 0.06, side - 0.06, fill=False, ec=AMBER, lw=5))
+    return {"test_image": query, "right_of_five": {name: int(own[query].sum()) for name, own in right.items()}}
+
+
+def evaluation():
+    """The negative log-likelihood of one model by four protocols, on the same test images."""
+    model, test = digits()
+    few = test[:100]
+    scores = {"the ELBO": -vaelib.heldout_elbo(model, few, 10).elbo.double().mean().item()}
+    for draws in (50, 5000):
+        scores[f"{draws} draws"] = -vaelib.log_likelihood(model, few, draws).double().mean().item()
+    model.likelihood = vaelib.Bernoulli(binarize="threshold")
+    scores["5000, pixels cut at ½"] = -vaelib.log_likelihood(model, few, 5000).double().mean().item()
+    ax = canvas(3.0)
+    low, high = min(scores.values()) - 1, max(scores.values()) + 1
+    for row, (name, value) in enumerate(scores.items()):
+        y, x = 2.6 - 0.73 * row, 3.9 + 2.3 * (value - low) / (high - low)
+        ax.plot([3.9, WIDTH - 0.1], [y, y], color="#DDDDDD", lw=2, zorder=0)
+        ax.plot(x, y, "o", color=(RED, AMBER, BLUE, GREEN)[row], ms=18)
+        ax.text(0.1, y, name, va="center")
+        label = ax.text(x + 0.22, y, f"{value:.1f}", va="center", weight="bold", size=SIZE + 4)
+        label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 3})
+    return {"num_images": len(few), "nll": scores}
+
+
+def trained(letter, images):
+    """Model A, B or C of the chapter mistakes, by the loop and with the noise that it has there."""
+    folder = RUNS / "openings" / f"mistakes-{letter}"
+    if (folder / "model.safetensors").exists():
+        return vaelib.load(folder)
+    torch.manual_seed(0)
+    order, model = torch.Generator().manual_seed(0), vaelib.mlp_vae(images.image_shape, (200,), 20)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(5):
+        for pixels in vaelib.minibatches(images, 128, order):
+            x = model.likelihood.observe(pixels)
+            if letter == "C":  # decodes the mean
+                mean, log_var = model.encode(x, validate=False)
+                torch.randn_like(mean)  # drawn as for the others, and not used
+                loss = (vaelib.gaussian_kl(mean, log_var) - model.likelihood.log_prob(x, model.decode(mean), validate=False)).mean()
+            else:
+                terms = model.elbo(x, validate=False)
+                loss = vaelib.loss(terms) if letter == "B" else -terms.log_likelihood.mean()  # A has no KL
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    vaelib.save(model, folder)
+    return model.eval()
+
+
+def mistakes():
+    """Nine test digits as three models rebuild them: one right, two wrong."""
+    train, _ = vaelib.train_valid_split(vaelib.load_images("mnist"), 5000, seed=0)
+    test = vaelib.load_images("mnist", "test")
+    side, scores = 2.3, {}
+    ax = canvas(side + 0.65)
+    for left, letter in zip((0.15, 2.65, 5.15), "ABC", strict=True):
+        model = trained(letter, train)
+        put(ax, vaelib.reconstruct(model, test.pixels[:9]), left, 0.1, side, columns=3)
+        ax.text(left + side / 2, side + 0.35, letter, ha="center", va="center", weight="bold", size=SIZE + 4)
+        scores[letter] = vaelib.evaluate(model, test, elbo_samples=1).elbo
+    return {"elbo": scores}
+
+
+CHAPTERS = {
+    "elbo": elbo, "mnist-mlp": mnist_mlp, "cifar-conv": cifar_conv, "generation": generation,
+    "retrieval": retrieval, "evaluation": evaluation, "mistakes": mistakes,
+}  # fmt: skip
+
+
+def write_picture(figure, path):
+    """A PNG of 256 colours at most, at twice the pixels of a wide page."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=200)
+    image = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    partial = path.with_name(f".{path.name}.partial")
+    image.save(partial, "png", optimize=True)
+    os.replace(partial, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("chapters", nargs="*", help=f"some of {', '.join(CHAPTERS)}; all by default")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.chapters) - set(CHAPTERS):
+        sys.exit(f"chapters: got {', '.join(sorted(unknown))}, expected some of {', '.join(CHAPTERS)}")
+    names = arguments.chapters or list(CHAPTERS)
+    missing = [row for row in ROWS if not (RUNS / "rows" / row / "model.safetensors").exists()]
+    if "cifar-conv" in names and missing:
+        sys.exit(
+            f"cifar-conv: no model in runs/rows; python book/_scripts/rows.py --again {' '.join(missing)} trains what is missing"
+        )
+    plt.switch_backend("agg")
+    plt.rcParams.update(
+        STYLE | {"font.size": SIZE, "savefig.bbox": "standard", "axes.grid": False, "axes.labelcolor": INK, "text.color": INK}
+    )
+    for name in names:
+        began = time.perf_counter()
+        metrics = CHAPTERS[name]()
+        path = ROOT / "book" / "_static" / f"open-{name}.png"
+        write_picture(plt.gcf(), path)
+        plt.close("all")
+        record = entry(f"python book/_scripts/openings.py {name}", 0, time.perf_counter() - began, metrics)
+        done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+        write_text(LEDGER, json.dumps(done | {name: record}, indent=2) + "\n")
+        print(f"{path.name:24} {path.stat().st_size / 1000:.0f} KB, {record['seconds']} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
