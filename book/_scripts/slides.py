@@ -1,0 +1,562 @@
+"""Slides for teaching, made from the chapters: _build/slides/index.html and one deck for each chapter.
+
+python book/_scripts/slides.py [--out FOLDER] [CHAPTER ...]
+
+What goes on a slide follows from a chapter's structure. A section opens with its heading and its first sentences. Each numbered
+equation, list, table and listing stands under the sentence that leads to it, with what the cell after it printed where there is room;
+each figure stands alone with its caption. Exercises, code and references stay in the book.
+The decks need no network: reveal.js and MathJax are copied beside them.
+"""
+
+import argparse
+import base64
+import os
+import re
+import shutil
+import struct
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+
+import nbformat
+import yaml
+from markdown_it import MarkdownIt
+from mdit_py_plugins.colon_fence import colon_fence_plugin
+from mdit_py_plugins.dollarmath import dollarmath_plugin
+from mdit_py_plugins.myst_blocks import myst_block_plugin
+from mdit_py_plugins.myst_role import myst_role_plugin
+from pybtex.database import parse_file
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
+
+ROOT = Path(__file__).resolve().parents[2]
+BOOK = ROOT / "book"
+VENDOR = ["reveal.js", "reveal.css", "tex-svg-full.js"]
+LEFT_OUT = ["Exercises", "References"]
+WIDTH, HEIGHT = 1280, 720  # of a slide, in pixels
+CHARACTERS = 68  # of a line of text
+ROOM = 12.5  # lines of text under a heading
+OPENING = 300  # characters of the sentences that open a section, of those that lead to an equation
+LEAD = 200
+TALL = 1.4  # a picture whose width is less than so many heights has its caption beside it
+PRINTED = (5, 20, 92)  # a table that a cell printed: least and most lines, most characters in a line
+
+STYLE = """
+:root { --ink: #1d2127; --muted: #565d67; --accent: #0f5bc4; --line: #cfd4da; --ground: #f4f6f8; }
+body, .reveal-viewport { margin: 0; background: #fff; }
+.reveal { color: var(--ink); font: 34px/1.32 "Source Sans 3", "Helvetica Neue", Arial, "Liberation Sans", sans-serif; }
+.reveal .slides { text-align: left; }
+.reveal .slides section { box-sizing: border-box; height: 720px; padding: 28px 50px 44px; flex-direction: column; gap: 18px; }
+.reveal .slides section.stack { padding: 0; }
+.reveal section > * { flex: none; margin: 0; }
+.reveal h1 { margin-top: auto; font-size: 2.1em; line-height: 1.12; font-weight: 700; }
+.reveal h2 { padding-bottom: 8px; border-bottom: 3px solid var(--accent); font-size: 1.25em; line-height: 1.15; font-weight: 700; }
+.reveal h2 small { display: block; color: var(--muted); font-size: 0.6em; font-weight: 400; }
+.reveal p + p { margin-top: -6px; }
+.reveal a { color: var(--accent); text-decoration: none; }
+.reveal ul, .reveal ol { padding-left: 1.1em; }
+.reveal li { margin-bottom: 0.3em; }
+.reveal code, .reveal pre { font-family: "DejaVu Sans Mono", "Liberation Mono", monospace; }
+.reveal code { font-size: 0.84em; }
+.reveal pre { padding: 12px 18px; border-radius: 8px; background: var(--ground); font-size: 0.7em; line-height: 1.32; white-space: pre; }
+.reveal pre.printed { background: none; border-left: 4px solid var(--line); border-radius: 0; padding: 4px 18px; color: var(--muted); }
+.reveal pre.alone { color: var(--ink); }
+.reveal .equation { display: flex; align-items: center; justify-content: center; position: relative; margin: 0 70px 0 0; padding: 6px 0; }
+.reveal .equation > span { font-size: 1.15em; }
+.reveal .equation mjx-container { margin: 0 !important; }
+.reveal .equation .number { position: absolute; right: -70px; color: var(--muted); font-size: 24px; }
+.reveal figure { flex: 1 1 0 !important; min-height: 0; display: flex; flex-direction: column; gap: 14px; }
+.reveal figure img { flex: 1 1 0; min-height: 0; width: 100%; object-fit: contain; }
+.reveal figure.tall { flex-direction: row; gap: 30px; }
+.reveal figure.tall figcaption { width: 320px; align-self: center; }
+.reveal figcaption { font-size: 0.8em; color: var(--ink); }
+.reveal table { border-collapse: collapse; font-size: 0.8em; }
+.reveal td, .reveal th { padding: 6px 14px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
+.reveal .title { justify-content: center; }
+.reveal .title p:last-child { margin: auto 0 0; color: var(--muted); font-size: 0.7em; }
+.reveal .slide-number { left: 16px; right: auto; background: none; color: var(--muted); font: 18px sans-serif; }
+.reveal .controls { font-size: 4px; color: var(--accent); }
+.measuring .reveal, .measuring .reveal .slides { width: 1280px !important; height: 720px !important; }
+.measuring .reveal .slides section { display: flex !important; visibility: visible !important; transform: none !important; }
+.measuring .reveal .slides section.stack { display: block !important; height: auto; }
+"""
+
+# Shrinks what is too large for its slide: an equation or a listing by its width, then all of a slide by its height.
+SCRIPT = """
+MathJax = {options: {enableMenu: false}, startup: {pageReady: () => MathJax.startup.defaultPageReady().then(show)}};
+function show() {
+  const size = part => parseFloat(getComputedStyle(part).fontSize);
+  const shrink = (part, tooLarge) => {
+    const whole = size(part) / size(part.parentElement);
+    for (let share = 1; share > 0.5 && tooLarge(); share -= 0.02) part.style.fontSize = `${share * whole}em`;
+  };
+  for (const part of document.querySelectorAll(".equation"))
+    shrink(part, () => part.firstElementChild.offsetWidth > part.clientWidth);
+  for (const part of document.querySelectorAll("section > :is(pre, table)"))
+    shrink(part, () => part.scrollWidth > part.clientWidth || part.offsetWidth > 1180);
+  for (const slide of document.querySelectorAll("section:not(.stack)"))
+    shrink(slide, () => slide.scrollHeight > slide.clientHeight);
+  document.body.classList.remove("measuring");
+  return Reveal.initialize({width: 1280, height: 720, margin: 0.02, center: false, display: "flex", hash: true, slideNumber: "c/t",
+    transition: "none", backgroundTransition: "none", controls: true, progress: true});
+}
+"""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<link rel="stylesheet" href="reveal.css">
+<style>{style}</style>
+</head>
+<body class="measuring">
+<div class="reveal"><div class="slides">
+{slides}
+</div></div>
+<script src="reveal.js"></script>
+<script>{script}</script>
+<script src="tex-svg-full.js"></script>
+</body>
+</html>
+"""
+
+INDEX = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}: slides</title>
+<style>
+body {{ max-width: 42rem; margin: 3rem auto; padding: 0 1rem; color: #1d2127; font: 1.1rem/1.5 "Helvetica Neue", Arial, sans-serif; }}
+a {{ color: #0f5bc4; }}
+</style>
+</head>
+<body>
+<main>
+<h1>{title}: slides</h1>
+<p>One deck for each chapter, made from its text, equations and figures.
+Arrow keys turn the slides: right to the next section, down through the slides of one, space through all.
+<kbd>F</kbd> fills the screen, <kbd>Esc</kbd> shows all slides.
+<code>?view=print</code> behind a deck's address lays it out for print.
+No network is needed.</p>
+<ol>
+{decks}
+</ol>
+<p><a href="{address}">The book</a></p>
+</main>
+</body>
+</html>
+"""
+
+
+@dataclass
+class Block:
+    """A piece of a chapter: heading, text, list, equation, listing, table, printed or figure."""
+
+    kind: str
+    html: str = ""
+    parts: list[str] = field(default_factory=list)  # sentences of a text, items of a list
+    level: int = 0  # of a heading
+    label: str = ""
+    size: float = 0  # lines that it takes on a slide
+
+
+@dataclass
+class Slide:
+    """A slide under construction; `shown` holds the sentences that stand on it, `room` the lines that are left."""
+
+    title: str
+    above: str = ""  # the heading of the section, over that of a subsection
+    label: str = ""
+    starts: bool = False  # a column of slides
+    kind: str = ""
+    parts: list[str] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
+    last: str = ""  # kind of what was put last
+    room: float = ROOM
+
+    def put(self, block):
+        self.parts.append(block.html)
+        self.room -= block.size
+        self.last = block.kind
+
+    def say(self, sentences):
+        self.parts += [f"<p>{sentence}</p>" for sentence in sentences]
+        self.shown += sentences
+        self.room -= lines_of(sentences)
+
+    def html(self):
+        above = f"<small>{self.above}</small>" if self.above else ""
+        heading = f"<h1>{self.title}</h1>" if self.kind == "title" else f"<h2>{above}{self.title}</h2>"
+        names = (f' id="{self.label}"' if self.label else "") + (f' class="{self.kind}"' if self.kind else "")
+        return "\n".join([f"<section{names}>", heading, *self.parts, "</section>"])
+
+
+@dataclass
+class Names:
+    """What labels stand for: words, and the address to which they lead."""
+
+    words: dict[str, str]
+    addresses: dict[str, str]
+    works: dict[str, str]  # citations
+
+
+def plain(html):
+    """The words of a piece of HTML; a formula counts as what is seen of it, roughly."""
+    text = re.sub(r"\\\(.*?\\\)", lambda match: "x" * (len(re.sub(r"\\[a-zA-Z]+|[{}^_\\ ]", "", match[0])) or 1), html)
+    return re.sub(r"<[^>]*>", "", text)
+
+
+def lines_of(sentences):
+    """How many lines sentences take, each beginning its own."""
+    return sum(-(-len(plain(sentence)) // CHARACTERS) + 0.15 for sentence in sentences)
+
+
+def link(words, address):
+    return f'<a href="{escape(address)}">{words}</a>' if address else words
+
+
+def role(name, content, names):
+    """A MyST role in plain words."""
+    if name.startswith("cite"):
+        found = [names.works[key.strip()] for key in content.split(",")]
+        return escape(f"[{'; '.join(found)}]")
+    given, _, target = content.removesuffix(">").rpartition("<") if content.endswith(">") else ("", "", content)
+    if name in {"numref", "eq", "ref"}:
+        return link(escape(given.strip() or names.words[target].replace("`", "")), names.addresses.get(target, ""))
+    words = escape(given.strip() or target)
+    return words if name == "term" else f"<code>{words}</code>"
+
+
+def parser(names):
+    """Markdown as the book uses it; roles and links between chapters become words and links between decks."""
+    md = MarkdownIt("commonmark").enable("table")
+    for plugin in (colon_fence_plugin, myst_block_plugin, myst_role_plugin):
+        md.use(plugin)
+    md.use(dollarmath_plugin, allow_labels=True)
+
+    def opened(self, tokens, place, options, env):
+        target = tokens[place].attrGet("href")
+        empty = tokens[place + 1].type == "link_close"
+        return f'<a href="{escape(names.addresses.get(target, target))}">' + (escape(names.words[target]) if empty else "")
+
+    md.add_render_rule("link_open", opened)
+    md.add_render_rule("myst_role", lambda self, tokens, i, *_: role(tokens[i].meta["name"], tokens[i].content, names))
+    md.add_render_rule("math_inline", lambda self, tokens, i, *_: f"\\({escape(tokens[i].content)}\\)")
+    md.add_render_rule("html_inline", lambda self, tokens, i, *_: "" if tokens[i].content.startswith("<!--") else tokens[i].content)
+    md.add_render_rule("softbreak", lambda *_: " ")
+    return md
+
+
+def sentences_of(md, inline):
+    """The sentences of a paragraph: one for each source line, but that a line does not end inside a link or an emphasis."""
+    found, start, depth = [], 0, 0
+    children = inline.children
+    for place, token in enumerate([*children, None]):
+        depth += token.nesting if token else 0
+        if token is None or (token.type == "softbreak" and depth == 0):
+            found.append(md.renderer.render(children[start:place], md.options, {}).strip())
+            start = place + 1
+    return [sentence for sentence in found if sentence]
+
+
+def coloured(code, language):
+    """A listing with its words coloured, and the lines that it takes."""
+    formatter = HtmlFormatter(nowrap=True, noclasses=True, style="sas")
+    return f"<pre>{highlight(code.rstrip(), get_lexer_by_name(language), formatter).rstrip()}</pre>"
+
+
+def equation(source, label, names):
+    """A display equation with its number in the book."""
+    number = f'<span class="number">{names.words[label].removeprefix("Eq. ")}</span>' if label else ""
+    if "qquad" in source and len(re.sub(r"\\[a-zA-Z]+|[{}^_\s]", "", source)) > 55:  # conditions go to a line of their own
+        source = rf"\begin{{gathered}}{source.strip().replace(chr(92) + 'qquad', chr(92) * 2)}\end{{gathered}}"
+    rows = len(re.findall(r"\\\\(?![a-z])", source)) + 1
+    name = f' id="{label}"' if label else ""
+    html = f'<div class="equation"{name}><span>\\[{escape(source.strip())}\\]</span>{number}</div>'
+    return Block("equation", html, size=2.6 * rows + 0.8)
+
+
+def markdown_blocks(md, source, names):
+    """The blocks of a Markdown cell. Exercises and other directives are left out."""
+    tokens, place, label = md.parse(source), 0, ""
+    while place < len(tokens):
+        token, end = tokens[place], place
+        if token.nesting == 1:
+            end = next(i for i in range(place, len(tokens)) if tokens[i].level == token.level and tokens[i].nesting == -1)
+        html = md.renderer.render(tokens[place : end + 1], md.options, {})
+        if token.type == "myst_target":
+            label = token.content
+        elif token.type == "heading_open":
+            words = md.renderer.render(tokens[place + 1].children, md.options, {})
+            yield Block("heading", words, level=int(token.tag[1]), label=label)
+            label = ""
+        elif token.type == "paragraph_open":
+            yield Block("text", parts=sentences_of(md, tokens[place + 1]))
+        elif token.type in {"bullet_list_open", "ordered_list_open"}:
+            items = re.findall(r"<li>\s*(.*?)\s*</li>", html, re.DOTALL)
+            yield Block("list", token.tag, [re.sub(r"</?p>", "", item) for item in items])
+        elif token.type.startswith("math_block"):
+            yield equation(token.content, token.info if token.type == "math_block_label" else "", names)
+        elif token.type == "fence" and re.fullmatch(r"\w+", token.info):
+            yield Block("listing", coloured(token.content, token.info), size=0.75 * len(token.content.splitlines()) + 1)
+        elif token.type == "colon_fence" and token.info.startswith("{figure-md}"):
+            alt, path, caption = re.fullmatch(r"!\[(.*?)\]\((.*?)\)\s+(.*)", token.content.strip(), re.DOTALL).groups()
+            yield figure(token.info.split()[1], (BOOK / path).read_bytes(), alt, md.renderInline(caption.strip()), names)
+        elif token.type == "table_open":
+            yield Block("table", parts=re.findall(r"<tr>.*?</tr>", html, re.DOTALL))
+        place = end + 1
+
+
+def figure(name, data, alt, caption, names):
+    """A figure, from its PNG file, with its caption."""
+    width, height = struct.unpack(">II", data[16:24])
+    tall = ' class="tall"' if width < TALL * height else ""
+    caption = f"{names.words[name]}. {caption}"
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    html = f'<figure id="{name}"{tall}><img src="{source}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
+    return Block("figure", html, size=ROOM if tall else min(8.5, max(5, 26 * height / width)) + len(plain(caption)) / 100 + 0.6)
+
+
+def drawn(cell, output, names, site):
+    """The figure that a cell draws; of one to touch the still picture, and a caption that says where it can be touched."""
+    said = cell.metadata["mystnb"]
+    name, caption = said["figure"]["name"], escape(said["figure"]["caption"], quote=False)
+    if "text/html" in output["data"]:
+        caption += f" {link('Touch it in the book.', f'{site}#{name}')}"
+    return figure(name, base64.b64decode(output["data"]["image/png"]), said["image"]["alt"], caption, names)
+
+
+def printed(text):
+    """What a cell printed, as blocks: blank lines part them."""
+    for piece in re.split(r"\n\s*\n", text.strip("\n")):
+        lines = [line.rstrip() for line in piece.splitlines()]
+        size = 0.75 * len(lines) + 0.3
+        yield Block("printed", f'<pre class="printed">{escape(chr(10).join(lines), quote=False)}</pre>', lines, size=size)
+
+
+def blocks(notebook, names, site):
+    """All blocks of a chapter, in order."""
+    md = parser(names)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            yield from markdown_blocks(md, cell.source, names)
+            continue
+        for output in cell.get("outputs", []):
+            if "image/png" in output.get("data", {}):
+                yield drawn(cell, output, names, site)
+            elif output.output_type == "stream":
+                yield from printed(output.text)
+
+
+def opening(sentences, limit):
+    """The first sentences, at least one, of at most so many characters together."""
+    count = 1
+    while count < len(sentences) and sum(len(plain(sentence)) for sentence in sentences[: count + 1]) <= limit:
+        count += 1
+    return sentences[:count]
+
+
+def leading(sentences, limit):
+    """The last sentences, at least one."""
+    return opening(sentences[::-1], limit)[::-1]
+
+
+def lines_of_row(row):
+    """How many lines a row of a table takes, its columns equally wide."""
+    cells = [plain(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.DOTALL)]
+    return 0.85 * max(-(-len(cell) * len(cells) // 82) or 1 for cell in cells) + 0.3
+
+
+def parted(block, room):
+    """A list or a table as blocks of about equal size that each leave room on a slide; each part of a table has its head."""
+    if block.kind not in {"list", "table"}:
+        yield block
+        return
+    head = block.parts[0] if block.kind == "table" else ""
+    items = block.parts[1:] if head else block.parts
+    sizes = [lines_of_row(item) if head else lines_of([item]) + 0.2 for item in items]
+    room -= lines_of_row(head) if head else 0
+    share = sum(sizes) / -(-sum(sizes) // room)
+    groups, used = [[]], 0
+    for item, size in zip(items, sizes, strict=True):
+        if groups[-1] and used + size / 2 > share * len(groups):
+            groups.append([])
+        groups[-1].append(item)
+        used += size
+    for group in groups:
+        if head:
+            html = f"<table>\n<thead>\n{head}\n</thead>\n<tbody>\n{chr(10).join(group)}\n</tbody>\n</table>"
+        else:
+            html = "\n".join([f"<{block.html}>", *(f"<li>{item}</li>" for item in group), f"</{block.html}>"])
+        yield Block(block.kind, html, group, size=share)
+
+
+def arrange(pieces, foot):
+    """The slides of a chapter from its blocks."""
+    slides, section, lead, skipped = [], "", [], False
+
+    def begin(title, above="", label="", starts=False, kind=""):
+        slides.append(Slide(title, above, label, starts, kind))
+
+    def place(block, sentences):
+        """On this slide where there is room for it and for the sentences that lead to it, else on the next."""
+        now = slides[-1]
+        missing = [sentence for sentence in sentences if block.kind != "figure" and sentence not in now.shown]
+        if now.kind or (now.parts and now.room < lines_of(missing) + block.size):
+            before = now
+            begin(now.title, now.above, starts=now.kind == "title")
+            now = slides[-1]
+            missing = [] if block.kind == "figure" else list(sentences)  # a caption says what its figure shows
+            if block.kind == "printed" and set(missing) <= set(before.shown):
+                missing = []
+            while missing and lines_of(missing) + block.size > ROOM:
+                missing.pop(0)
+        now.say(missing)
+        now.put(block)
+
+    for block in pieces:
+        if block.kind == "heading" and block.level == 1:
+            begin(block.html, starts=True, kind="title")
+        elif block.kind == "heading":
+            if block.level == 2:
+                section, skipped = block.html, block.html in LEFT_OUT
+            if not skipped:
+                empty = block.level > 2 and not slides[-1].parts and slides.pop()
+                begin(block.html, section if block.level > 2 else "", block.label, block.level == 2 or bool(empty and empty.starts))
+            lead = []
+        elif skipped:
+            continue
+        elif block.kind == "text":
+            first = block.parts[0]
+            if first.startswith("<strong>Objectives.</strong>"):
+                begin("Objectives", starts=True)
+                lead = [first.partition("</strong> ")[2]]
+                section = "Objectives"
+            elif first.startswith("<strong>Prerequisites.</strong>") or first.startswith("The cell above enters"):
+                skipped = True
+            else:
+                now, first = slides[-1], opening(block.parts, OPENING)
+                if not now.parts or (not now.shown and now.last == "listing" and now.room > lines_of(first)):
+                    now.say(first)
+                lead = leading(block.parts, LEAD)
+        elif block.kind == "printed":
+            least, most, width = PRINTED
+            now, wide = slides[-1], max(map(len, block.parts))
+            if wide > width or len(block.parts) > most:
+                continue
+            if now.last in {"equation", "listing"} and now.room >= block.size:
+                now.put(block)
+            elif len(block.parts) >= least:
+                block.html = block.html.replace("printed", "printed alone", 1)
+                place(block, lead)
+        else:
+            for number, part in enumerate(parted(block, max(ROOM - lines_of(lead), ROOM / 2))):
+                place(part, lead if number == 0 else [])
+    slides[0].parts.append(f"<p>{foot}</p>")
+    return slides
+
+
+def authors_of(entry):
+    """Who wrote a work, by family names."""
+    people = [" ".join(map(str, person.rich_prelast_names + person.rich_last_names)) for person in entry.persons["author"]]
+    return " and ".join(people) if len(people) < 3 else f"{people[0]} et al."
+
+
+def chapters():
+    """The chapters by name, in the order of the book."""
+    contents = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+    numbered = [part["chapters"] for part in contents["parts"] if part.get("numbered")]
+    return {page["file"]: nbformat.read(BOOK / f"{page['file']}.ipynb", as_version=4) for part in numbered for page in part}
+
+
+def labels(book, site):
+    """What each label of the chapters stands for, numbered as the book does, and where it leads."""
+    words, addresses = {}, {}
+    for place, (name, notebook) in enumerate(book.items(), start=1):
+        text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+        figures = []
+        for cell in notebook.cells:
+            said = cell.metadata.get("mystnb", {}).get("figure", {})
+            figures += [said["name"]] if said else re.findall(r"^:::\{figure-md\} (\S+)", cell.source, re.MULTILINE)
+        equations = re.findall(r"^\$\$ \((\S+)\)", text, re.MULTILINE)
+        exercises = re.findall(r"^:::\{exercise\}\n:label: (\S+)", text, re.MULTILINE)
+        here = {label: f"Fig. {place}.{number}" for number, label in enumerate(figures, start=1)}
+        here |= {label: f"Eq. {place}.{number}" for number, label in enumerate(equations, start=1)}
+        addresses |= {label: f"{name}.html#/{label}" for label in here}
+        tasks = {label: f"Exercise {place}.{number}" for number, label in enumerate(exercises, start=1)}
+        sections = dict(re.findall(r"^\((\S+)\)=\n#+ (.*)", text, re.MULTILINE))
+        addresses |= {label: f"{site}{name}.html#{label}" for label in {**tasks, **sections}}
+        words |= here | tasks | sections | {f"{name}.ipynb": re.search(r"^# (.*)", text, re.MULTILINE)[1]}
+        addresses[f"{name}.ipynb"] = f"{name}.html"
+    for page in BOOK.glob("*.md"):
+        text = page.read_text(encoding="utf-8")
+        sections = dict(re.findall(r"^\((\S+)\)=\n#+ (.*)", text, re.MULTILINE))
+        words |= sections | {page.name: re.search(r"^# (.*)", text, re.MULTILINE)[1]}
+        addresses |= {label: f"{site}{page.stem}.html#{label}" for label in sections} | {page.name: f"{site}{page.stem}.html"}
+    return words, addresses
+
+
+def deck(name, notebook, names, title, site):
+    """One chapter's slides as a page."""
+    slides = arrange(
+        blocks(notebook, names, f"{site}{name}.html"), f"{escape(title)} · {link('this chapter', f'{site}{name}.html')}"
+    )
+    columns = []
+    for slide in slides:
+        if slide.starts or not columns:
+            columns.append([])
+        columns[-1].append(slide.html())
+    html = "\n".join(
+        f'<section class="stack">\n{chr(10).join(column)}\n</section>' if len(column) > 1 else column[0] for column in columns
+    )
+    return PAGE.format(title=plain(slides[0].title), style=STYLE, script=SCRIPT, slides=html), slides
+
+
+def write(path, text):
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def make(out, only=()):
+    """Writes the decks, their index and what they load; returns the number of slides of each."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
+    title, site, book = config["title"], config["html"]["baseurl"], chapters()
+    unknown = set(only) - set(book)
+    if unknown:
+        raise ValueError(f"chapter: got {', '.join(sorted(unknown))}, expected some of {', '.join(book)}")
+    works = {
+        key: f"{authors_of(entry)}, {entry.fields['year']}" for key, entry in parse_file(BOOK / "references.bib").entries.items()
+    }
+    names = Names(*labels(book, site), works)
+    out.mkdir(parents=True, exist_ok=True)
+    counts, rows = {}, []
+    for name, notebook in book.items():
+        words = names.words[f"{name}.ipynb"]
+        rows.append(f'<li><a href="{name}.html">{escape(words)}</a></li>')
+        if not only or name in only:
+            page, slides = deck(name, notebook, names, title, site)
+            write(out / f"{name}.html", page)
+            counts[name] = len(slides)
+    for file in VENDOR:
+        shutil.copyfile(BOOK / "_vendor" / file, out / f"{file}.partial")
+        os.replace(out / f"{file}.partial", out / file)
+    write(out / "index.html", INDEX.format(title=escape(title), decks="\n".join(rows), address=site))
+    return counts
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("chapters", nargs="*", metavar="CHAPTER", help="make these alone")
+    arguments.add_argument("--out", type=Path, default=ROOT / "_build" / "slides")
+    options = arguments.parse_args()
+    try:
+        counts = make(options.out, options.chapters)
+    except ValueError as error:
+        arguments.error(str(error))
+    for name, count in counts.items():
+        print(f"{options.out / name}.html: {count} slides")
