@@ -12,7 +12,9 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
-CHAPTERS = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval", "evaluation", "mistakes"]
+CONTENTS = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
+CHAPTERS = [chapter["file"] for part in CONTENTS["parts"] if part.get("numbered") for chapter in part["chapters"]]
+PAGES = sorted(path.stem for path in BOOK.glob("*.md"))  # their numbers are traced as well
 SETUP = "elbo"  # the chapter whose first cell is everybody's
 
 
@@ -28,11 +30,21 @@ def chapter(name):
 
 
 def prose(name):
+    """The text of a chapter or of a page in Markdown."""
+    if name in PAGES:
+        return (BOOK / f"{name}.md").read_text(encoding="utf-8")
     return "\n".join(cell.source for cell in chapter(name).cells if cell.cell_type == "markdown")
 
 
 def code_cells(name):
     return [cell for cell in chapter(name).cells if cell.cell_type == "code"]
+
+
+def test_the_chapters_are_the_notebooks_of_the_contents_and_each_stands_in_the_readme():
+    assert len(CHAPTERS) >= 7
+    assert sorted(CHAPTERS) == sorted(path.stem for path in BOOK.glob("*.ipynb"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in CHAPTERS if f"**Chapter `{name}`**" not in readme] == []
 
 
 def test_every_labelled_equation_has_a_function_and_a_test():
@@ -72,13 +84,13 @@ def value_at(record, path):
 
 
 def traced_numbers():
-    for name in CHAPTERS:
+    for name in CHAPTERS + PAGES:
         for match in TRACE.finditer(prose(name)):
             yield pytest.param(match.groupdict(), id=f"{name}:{match['path']}")
 
 
 def test_every_source_of_a_number_is_read():
-    for name in CHAPTERS:
+    for name in CHAPTERS + PAGES:
         comments = re.findall(r"<!-- .*?-->", prose(name))
         assert len(comments) == len(TRACE.findall(prose(name)))
     assert len(list(traced_numbers())) >= 20
@@ -96,7 +108,7 @@ def test_a_quoted_number_is_the_one_in_the_ledger(trace):
 def test_numbers_in_nats_are_traced():
     """In the chapter whose numbers come from a long run, each measured number of nats bears its source."""
     loose = []
-    text = "\n".join(prose(name) for name in CHAPTERS if name not in ("elbo", "cifar-conv"))
+    text = "\n".join(prose(name) for name in [*CHAPTERS, "intro"] if name not in ("elbo", "cifar-conv"))
     for sentence in re.split(r"(?<=[.!?])\s+|\n", text):
         for match in re.finditer(r"[-−]?\d[\d,]*\.\d+ nats", sentence):
             if "<!--" not in sentence[match.end() : match.end() + 6]:
@@ -204,3 +216,41 @@ def test_citations_are_in_the_bibliography():
     cited = {key for text in texts for keys in re.findall(r"\{cite\}`([^`]+)`", text) for key in keys.split(",")}
     assert cited <= known
     assert known == cited  # and nothing in it goes uncited
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_every_exercise_has_a_hint_before_its_solution(name):
+    _, *parts = re.split(r"^:::\{exercise\}\n:label: (\S+)$", prose(name), flags=re.MULTILINE)
+    exercises = list(zip(parts[::2], parts[1::2], strict=True))
+    assert len(exercises) == prose(name).count("{exercise}")
+    for label, text in exercises:
+        before, solution, _ = text.partition(f":::{{solution-start}} {label}\n")
+        assert solution, label
+        hints = re.findall(r"^:::\{dropdown\} Hint\n\n(.+?)\n:::$", before, re.MULTILINE | re.DOTALL)
+        assert len(hints) == 1, label
+        assert len(hints[0].splitlines()) <= 3, label  # one sentence per line: it helps on, it does not solve
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_each_chapter_opens_with_a_question_and_a_picture(name):
+    before, objectives, _ = chapter(name).cells[0].source.partition("**Objectives.**")
+    question, figure, picture = before.partition(f":::{{figure-md}} fig-open-{name}\n")
+    assert objectives
+    assert "?" in question
+    assert figure
+    alt, path, caption = re.fullmatch(r"!\[(.+?)\]\((.+?)\)\n\n(.+?)\n:::\n+.*", picture, re.DOTALL).groups()
+    assert len(alt) > 40
+    assert len(caption) > 40
+    assert 0 < (BOOK / path).stat().st_size <= 80_000
+
+
+@pytest.mark.parametrize("name", ["cifar-conv", "evaluation"])
+def test_the_words_for_an_opening_picture_give_the_numbers_that_it_shows(name):
+    metrics = json.loads((ROOT / "results" / "openings.json").read_text())[name]["metrics"]
+    if name == "evaluation":
+        shown = [f"{nats:.1f}" for nats in metrics["nll"].values()]
+    else:
+        shown = [f"{row['bits']:.0f}" for row in metrics.values() if isinstance(row, dict)]
+    alt = re.search(r"!\[(.+?)\]\(_static/open-", chapter(name).cells[0].source)[1]
+    assert len(shown) >= 2
+    assert [number for number in shown if number not in re.findall(r"\d+(?:\.\d+)?", alt)] == []

@@ -746,8 +746,20 @@ def test_a_likelihood_is_rebuilt_by_its_config(config):
     assert likelihood.config["name"] == name
     if isinstance(config, dict):
         assert likelihood.config == config
-    levels = name.startswith("discretized") or likelihood.config.get("discretized")
-    assert again.values == (256 if levels else {"bernoulli": 2}.get(name))
+    assert again.values == likelihood.values
+
+
+@over_all
+def test_a_likelihood_over_so_many_values_sums_to_one_over_them_with_its_mean(config, generator):
+    likelihood = make_likelihood(config)
+    if likelihood.values is None:
+        assert config in ("gaussian", "grey_bce_not_a_likelihood"), "a density needs its name here, and a test that integrates it"
+        return
+    x = torch.linspace(likelihood.lowest, likelihood.highest, likelihood.values, dtype=torch.float64).view(-1, 1, 1, 1)
+    for params in 3 * torch.randn(20, 1, likelihood.param_channels(1), 1, 1, generator=generator, dtype=torch.float64):
+        mass = likelihood.log_prob(x, params.expand(len(x), -1, 1, 1)).exp()
+        assert mass.sum().item() == pytest.approx(1, abs=1e-6)
+        assert likelihood.mean(params).item() == pytest.approx((mass @ x.flatten()).item(), abs=1 / 255)  # half a level
 
 
 def test_the_base_class_defines_no_distribution():

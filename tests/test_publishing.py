@@ -75,6 +75,17 @@ def test_every_target_has_a_line_of_help_or_a_reason_and_all_are_phony():
     assert set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()) == targets()
 
 
+def test_make_runs_the_chapters_of_the_contents_or_those_it_is_given():
+    notebooks = [f"book/{name}.ipynb" for name in test_book.CHAPTERS]
+    asked = {"": notebooks} | {f"CHAPTERS={notebook}": [notebook] for notebook in notebooks[:2]}
+    for choice, expected in asked.items():
+        for target in ("test-notebooks", "execute"):
+            done = subprocess.run(["make", "-n", target, *choice.split()], cwd=ROOT, capture_output=True, text=True, check=True)
+            lines = [line for line in done.stdout.splitlines() if "nbval" in line or "execute.py" in line]
+            assert all("book/" in line for line in lines)  # without a notebook pytest would run all that it finds
+            assert re.findall(r"book/[a-z-]+\.ipynb", "\n".join(lines)) == expected
+
+
 def test_the_workflow_s_matrix_is_that_of_make_matrix_and_starts_with_the_oldest_python_allowed():
     matrix = load(ROOT / "tests" / "matrix.py")
     cells = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["matrix"]["strategy"]["matrix"]
@@ -130,7 +141,7 @@ def move(copy, address):
 
 
 def texts_of(folder):
-    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".safetensors", ".png")]
     return {path.relative_to(folder): path.read_text(encoding="utf-8") for path in files}
 
 

@@ -68,7 +68,9 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(result, allow_nan=False))
         return
     for key, value in result.items():
-        print(f"{key:32} {value:.4f}" if isinstance(value, float) else f"{key:32} {value}")
+        if isinstance(value, float):
+            value = f"{value:.4f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
+        print(f"{key:32} {value}")
 
 
 def model_arguments(model: str, likelihood: str, options: str = "", **given: str | int) -> dict[str, Any]:

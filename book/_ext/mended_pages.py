@@ -118,6 +118,8 @@ def mend(app, error):
         page = lighter(text, address, folder)
         for pattern, replacement in RULES:
             page = re.sub(pattern, replacement, page, flags=re.DOTALL)
+        if 'class="math' not in page:  # half the weight of a page that shows no formula
+            page = re.sub(r'\s*<script [^>]*tex-svg-full\.js[^>]*></script>', "", page)
         if address == "404.html":  # shown at any depth, so its addresses start at the site's root
             page = re.sub(r'((?:href|src|action|content_root)=")(?![a-z]+:|#|/)', rf"\g<1>{urlparse(root).path}", page)
         if page != text:

@@ -5,6 +5,7 @@ python book/_scripts/ran_on.py    writes the page; a test holds it to the file.
 
 import json
 import os
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,11 +36,12 @@ def hardware(record):
 
 
 def page(runs):
-    """The page's text: one row for each chapter of `runs`, the content of ran-on.json."""
+    """The page's text: one row for each chapter of `runs`, the content of ran-on.json, in the order of the book."""
+    contents = re.findall(r"file: (\S+)", (ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
     rows = [
         f"| []({name}.ipynb) | {run['date']} | {run['seconds'] / 60:.1f} | {hardware(run['hardware'])} "
         f"| {run['versions']['python']} | {run['versions']['torch']} | {run['commit'] or 'not known'} |\n"
-        for name, run in runs.items()
+        for name, run in sorted(runs.items(), key=lambda item: contents.index(item[0]))
     ]
     return HEAD + "".join(rows) + TAIL.format(total=sum(run["seconds"] for run in runs.values()) / 60)
 

@@ -1,0 +1,192 @@
+"""The pictures of the first page: the plane of digits to touch, and the map of the book.
+
+    python book/_scripts/front.py          trains the model of the plane, a few minutes on one core, and draws both
+    python book/_scripts/front.py --map    draws the map only
+
+The model is a VAE with two latents, trained on MNIST; its held-out ELBO goes into results/front.json. The output in book/_static is
+committed: front-plane.html, which book/intro.md takes in, and the map for wide and for narrow screens.
+"""
+
+import argparse
+import json
+import re
+import textwrap
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+import vaelib
+from vaelib.storage import write_text
+from vaelib.widgets import latent_explorer
+
+ROOT = Path(__file__).resolve().parents[2]
+STATIC = ROOT / "book" / "_static"
+COMMAND = "python book/_scripts/front.py"
+HIDDEN, EPOCHS, BATCH, RATE, SEED = (256, 128), 10, 256, 3e-3, 0
+START = "1.1, -0.7"  # where the figure begins: a clear digit, while the middle of the plane lies between several
+ALT = "A square full of small digits, the latent plane, and beside it the large digit that the decoder draws at the chosen point."
+STILL = ".vaelib-widget iframe { display: none; } .vaelib-widget .still { display: block !important; max-width: 100%; }"
+NO_SCRIPT = f"<noscript><style>{STILL}</style></noscript>"
+
+STEPS = [  # the step, what it gives, its modules
+    ("derivation", "a bound, derived", ("oracles",)),
+    ("loss", "likelihood and rate", ("objectives", "likelihoods")),
+    ("model", "encoder and decoder", ("networks", "vae")),
+    ("training", "a loop that resumes", ("data", "training")),
+    ("generation", "new images, scored", ("generation", "priors", "quality", "conditional")),
+    ("retrieval", "search by codes", ("retrieval", "widgets")),
+    ("judgement", "a number to compare", ("evaluation", "reproduce")),
+    ("mistakes", "known by symptoms", ("checks",)),
+]
+CHAPTERS = {  # the chapter, its name on the map, its first and its last step
+    "elbo": ("The ELBO", 0, 1),
+    "mnist-mlp": ("MNIST", 2, 3),
+    "cifar-conv": ("CIFAR-10", 1, 3),
+    "generation": ("Generation", 4, 4),
+    "retrieval": ("Retrieval", 5, 5),
+    "evaluation": ("Evaluation", 6, 6),
+    "mistakes": ("Mistakes", 7, 7),
+}
+# Colours are the page's, light and dark; alone, the file has the light ones.
+STYLE = """
+.route { font: 13px system-ui, sans-serif; fill: var(--pst-color-text-base, #222832); }
+.route .box { fill: var(--pst-color-surface, #f5f6f7); stroke: var(--pst-color-border, #b9bfc7); }
+.route .step { font-size: 16px; font-weight: 600; }
+.route .module { font: 12px ui-monospace, monospace; fill: var(--pst-color-text-muted, #48566b); }
+.route .way { fill: none; stroke: var(--pst-color-text-muted, #48566b); stroke-width: 2; }
+.route .dot, .route .head { fill: var(--pst-color-text-muted, #48566b); }
+.route a rect { fill: var(--pst-color-background, #fff); stroke: var(--pst-color-link, #0f5bc4); }
+.route a text { fill: var(--pst-color-link, #0f5bc4); text-decoration: underline; }
+.route a:hover rect, .route a:focus-visible rect { stroke-width: 3; }
+.route a:focus-visible { outline: none; }
+"""
+
+
+def train():
+    """The model of the plane and its record: architecture, budget, held-out ELBO."""
+    images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
+    torch.manual_seed(SEED)
+    model = vaelib.mlp_vae(images.image_shape, HIDDEN, latent_dim=2, activation="gelu")
+    config = vaelib.TrainConfig(epochs=EPOCHS, batch_size=BATCH, learning_rate=RATE, seed=SEED, device="cpu", progress=False)
+    start = time.perf_counter()
+    vaelib.fit(model, images, config=config)
+    seconds = time.perf_counter() - start
+    result = vaelib.evaluate(model, test)
+    network = "-".join(map(str, (784, *HIDDEN, 2)))
+    metrics = {"data": "mnist", "network": network, "epochs": EPOCHS, "training_seconds": seconds, "test": result.as_dict()}
+    return model, vaelib.ledger.entry(COMMAND, SEED, seconds, metrics)
+
+
+def plane(model):
+    """The figure to touch, without its caption: that one stands in book/intro.md."""
+    figure = latent_explorer(model, caption="in the page", alt=ALT).html
+    if figure.count("\nmove(0, 0);\n") != 1:
+        raise SystemExit("explorer.js: expected that it ends with a line move(0, 0); which this script changes")
+    figure = figure.replace("\nmove(0, 0);\n", f"\nmove({START});\n")
+    return re.sub(r"<figcaption>.*?</figcaption>", NO_SCRIPT, figure, flags=re.DOTALL)
+
+
+def link(file, x, y, width):
+    """A chapter on the map, as a link with its number."""
+    number, name = 1 + list(CHAPTERS).index(file), CHAPTERS[file][0]
+    middle = f'x="{x + width / 2:g}" y="{y + 18}" text-anchor="middle"'
+    rect = f'<rect x="{x}" y="{y}" width="{width}" height="26" rx="13"/>'
+    return f'<a href="{file}.html">{rect}<text {middle}>{number} {name}</text></a>'
+
+
+def svg(kind, width, height, parts):
+    """An SVG file with its description in words."""
+    names = ", ".join(name for name, _, _ in STEPS[:-1])
+    covers = "; ".join(f"{title}: {' to '.join(dict.fromkeys((STEPS[a][0], STEPS[b][0])))}" for title, a, b in CHAPTERS.values())
+    text = (
+        f"The road leads from {names} to {STEPS[-1][0]}. Chapters by steps: {covers}. Under each step stand its modules of vaelib."
+    )
+    head = (
+        f'<svg class="route route-{kind}" xmlns="http://www.w3.org/2000/svg" viewBox="-1 0 {width + 1} {height}" '
+        f'role="group" aria-labelledby="route-{kind}-title route-{kind}-text">'
+    )
+    words = f'<title id="route-{kind}-title">Map of the book</title>\n<desc id="route-{kind}-text">{text}</desc>'
+    return "\n".join([head, words, f"<style>{STYLE}</style>", *parts, "</svg>\n"])
+
+
+def station(x, y, width, height, step, lines, what_x, anchor):
+    """A step's box: its name, what it gives, its modules."""
+    name, what, _ = step
+    what_y = y + (24 if anchor == "end" else 44)
+    text = [
+        f'<rect class="box" x="{x}" y="{y}" width="{width}" height="{height}" rx="8"/>',
+        f'<text class="step" x="{x + 12}" y="{y + 24}">{name}</text>',
+        f'<text x="{what_x}" y="{what_y}" text-anchor="{anchor}">{what}</text>',
+    ]
+    first = y + (44 if anchor == "end" else 66)
+    return text + [f'<text class="module" x="{x + 12}" y="{first + 16 * i}">{line}</text>' for i, line in enumerate(lines)]
+
+
+def wide_map():
+    """Two rows of four steps, with bars for the chapters below."""
+    parts, step_x, box, low, rows = [], 188, 164, 98, (8, 202)
+    for i, step in enumerate(STEPS):
+        x, y = i % 4 * step_x, rows[i // 4]
+        parts += station(x, y, box, low, step, textwrap.wrap(", ".join(step[2]), 20), x + 12, "start")
+        if i % 4 < 3:
+            middle = y + low // 2
+            parts.append(f'<path class="way" d="M{x + box + 3} {middle}h12"/>')
+            parts.append(f'<path class="head" d="M{x + box + 14} {middle - 5}l8 5l-8 5z"/>')
+    right = 3 * step_x + box
+    parts.append(f'<path class="way" d="M{right + 2} {rows[0] + low // 2}h8q8 0 8 8v112q0 8 -8 8H{box // 2 + 8}q-8 0 -8 8v4"/>')
+    parts.append(f'<path class="head" d="M{box // 2 - 5} {rows[1] - 9}l5 8l5 -8z"/>')
+    for file, (_, first, last) in CHAPTERS.items():
+        row = first // 4
+        lane = rows[row] + low + 6 + (30 if file == "cifar-conv" else 0)
+        parts.append(link(file, first % 4 * step_x, lane, (last - first) * step_x + box))
+    return svg("wide", right + 20, rows[1] + low + 40, parts)
+
+
+def tall_map():
+    """One column of steps, each with the links of its chapters, for narrow screens."""
+    parts, width, high, x = [], 340, 88, 20
+    for i, step in enumerate(STEPS):
+        y = 1 + i * (high + 10)
+        parts.append(f'<path class="way" d="M7 {y + 19 if i else y + 24}V{y + (high + 10 + 19 if i < len(STEPS) - 1 else 24)}"/>')
+        parts.append(f'<circle class="dot" cx="7" cy="{y + 19}" r="5"/>')
+        parts += station(x, y, width - x - 1, high, step, [", ".join(step[2])], width - 12, "end")
+        left = x + 12
+        for file, (name, first, last) in CHAPTERS.items():
+            if first <= i <= last:
+                size = 8 * len(name) + 36
+                parts.append(link(file, left, y + 54, size))
+                left += size + 10
+    return svg("tall", width, len(STEPS) * (high + 10), parts)
+
+
+def check():
+    """The map has the chapters of the contents, in their order, and modules that exist."""
+    contents = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    listed = [chapter["file"] for part in contents["parts"] if part.get("numbered") for chapter in part["chapters"]]
+    if listed != list(CHAPTERS):
+        raise SystemExit(f"CHAPTERS: got {', '.join(CHAPTERS)}, expected those of book/_toc.yml: {', '.join(listed)}")
+    missing = [name for step in STEPS for name in step[2] if not (ROOT / "vaelib" / f"{name}.py").is_file()]
+    if missing:
+        raise SystemExit(f"STEPS: got {', '.join(missing)}, expected modules of vaelib")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--map", action="store_true", help="draw the map only; train nothing")
+    arguments = parser.parse_args()
+    check()
+    write_text(STATIC / "front-map-wide.svg", wide_map())
+    write_text(STATIC / "front-map-tall.svg", tall_map())
+    if arguments.map:
+        return
+    torch.set_num_threads(1)  # for so small a model a second one gains little
+    model, record = train()
+    write_text(STATIC / "front-plane.html", plane(model))
+    write_text(ROOT / "results" / "front.json", json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record["metrics"]))
+
+
+if __name__ == "__main__":
+    main()
