@@ -119,7 +119,7 @@ def traverse(model: VAE, image: Tensor, units: Sequence[int] | Tensor, values: S
     Returns:
         (U, V, C, H, W) ``uint8``.
     """
-    units, values = torch.as_tensor(units), torch.as_tensor(values, dtype=torch.float32)
+    units, values = torch.as_tensor(units).cpu(), torch.as_tensor(values, dtype=torch.float32).cpu()
     if units.dim() != 1 or units.dtype != torch.int64 or not ((units >= 0) & (units < model.latent_dim)).all() or len(units) == 0:
         raise ValueError(f"units: got {units.tolist()}, expected latent dimensions, whole numbers below {model.latent_dim}")
     if values.dim() != 1 or len(values) == 0 or not values.isfinite().all():

@@ -38,20 +38,20 @@ class LinearGaussian:
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of x: (count, D)."""
-        z = torch.randn(count, self.latent_dim, generator=generator, dtype=self.weight.dtype)
-        noise = torch.randn(count, self.num_dims, generator=generator, dtype=self.weight.dtype)
+        z = torch.randn(count, self.latent_dim, generator=generator, dtype=self.weight.dtype).to(self.weight.device)
+        noise = torch.randn(count, self.num_dims, generator=generator, dtype=self.weight.dtype).to(self.weight.device)
         return z @ self.weight.T + self.bias + self.scale * noise
 
     def log_evidence(self, x: Tensor) -> Tensor:
         """log p(x) = log N(x; bias, weight weight^T + scale^2 I): (N, D) -> (N,), nats. eq. evidence"""
-        identity = torch.eye(self.num_dims, dtype=x.dtype)
+        identity = torch.eye(self.num_dims, dtype=x.dtype, device=x.device)
         covariance = self.weight @ self.weight.T + self.scale**2 * identity
         log_density: Tensor = torch.distributions.MultivariateNormal(self.bias, covariance).log_prob(x)
         return log_density
 
     def posterior(self, x: Tensor) -> FullGaussian:
         """p(z given x) by Bayes' rule: mean (N, L) and covariance (L, L). eq. posterior"""
-        identity = torch.eye(self.latent_dim, dtype=x.dtype)
+        identity = torch.eye(self.latent_dim, dtype=x.dtype, device=x.device)
         covariance = torch.linalg.inv(identity + self.weight.T @ self.weight / self.scale**2)
         return FullGaussian((x - self.bias) @ self.weight @ covariance / self.scale**2, covariance)
 
@@ -71,7 +71,8 @@ class LinearGaussian:
 
 
 def gaussian_pixels_log_prob(train: Tensor, test: Tensor, seed: int = 0) -> Tensor:
-    """A bound on log P(pixels) under one Gaussian with full covariance, fitted to training pixels: (N,), nats. eq. dequantization
+    """A bound on log P(pixels) under one Gaussian with full covariance, fitted to training pixels: (N,), nats, on the CPU.
+    eq. dequantization
 
     The pixels are made real by uniform noise u in [0, 1); E_u[log p(pixels + u)] <= log P(pixels), by Jensen, where P is the
     mass of p on the pixels' unit cube (Theis et al. 2016). One draw of u is taken for each image.
@@ -84,8 +85,8 @@ def gaussian_pixels_log_prob(train: Tensor, test: Tensor, seed: int = 0) -> Tens
         ValueError: If the images differ in shape.
     """
     check_pixels("train", train)
-    check_pixels("test", test, train.shape[1:])
-    x = train.flatten(1).double() + 0.5
+    test = check_pixels("test", test, train.shape[1:]).cpu()
+    x = train.cpu().flatten(1).double() + 0.5
     mean = x.mean(0)
     x -= mean
     dim = len(mean)

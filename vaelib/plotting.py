@@ -125,6 +125,7 @@ def training_curves(history: Sequence[dict[str, float]], skip: int = 0) -> Figur
 
 def latent_scatter(codes: Tensor, labels: Tensor, classes: Sequence[str], ax: Axes | None = None) -> Figure:
     """Posterior means in a 2-D latent space, coloured by class, each class named at its median."""
+    codes, labels = codes.cpu(), labels.cpu()
     with style():
         if ax is None:
             _, ax = plt.subplots(figsize=(4.6, 4.4))

@@ -1,4 +1,8 @@
-"""The variational autoencoder: encoder, decoder, likelihood and a standard normal prior."""
+"""The variational autoencoder: encoder, decoder, likelihood and a standard normal prior.
+
+Functions of vaelib that take pixels or codes move them to the model's device, and results come back to the CPU; the methods of a
+`VAE`, which take x or z, move nothing.
+"""
 
 from __future__ import annotations
 
