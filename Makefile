@@ -12,7 +12,7 @@ CHAPTERS_LAX := $(filter-out $(CHAPTERS_STRICT),$(CHAPTERS))
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links matrix assignment rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix assignment rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help:
 	@echo "make book       render the book to _build/html/index.html"
@@ -21,6 +21,7 @@ help:
 	@echo "make test       unit tests and every notebook, fast tier, no network"
 	@echo "make test-real  tests on the real data sets in \$$VAELIB_DATA"
 	@echo "make test-book  tests on the rendered pages"
+	@echo "make test-devices  run each chapter on an emulated GPU (no CUDA; some minutes)"
 	@echo "make lighthouse  score the built pages, desktop and phone (needs npx; 20 minutes)"
 	@echo "make execute    re-run the notebooks on real data and store their outputs and results"
 	@echo "make rows       train and score the rows of the CIFAR tables that are missing"
@@ -67,6 +68,9 @@ slides: $(READY)
 
 test-book: $(READY)
 	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py
+
+test-devices: $(READY)
+	VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python tests/emulated_device.py $(CHAPTERS)
 
 lighthouse: $(READY)
 	VAELIB_RESULTS=results $(BIN)/python benchmarks/lighthouse.py

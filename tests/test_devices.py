@@ -343,6 +343,20 @@ def test_neighbours_are_the_same_on_the_gpu(digits, distance):
         assert equal(vaelib.nearest_neighbours(queries, moved, 5, distance), expected)
 
 
+def test_retrieval_is_scored_with_labels_of_either_device():
+    x, labels = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4
+
+    def scored():
+        found = labels[retrieval.nearest_neighbours(x, x, 5).indices]
+        at = (lambda t: t.to("cuda")) if torch.cuda.is_available() else (lambda t: t)
+        votes = retrieval.knn_accuracy(at(found), at(labels)), retrieval.recall_at_k(at(found), at(labels), at(labels))
+        return [score.cpu() for score in (*votes, retrieval.average_precision(x, at(labels), at(x), at(labels)))]
+
+    expected = scored()
+    with emulated_gpu():
+        assert all(torch.equal(one, other) for one, other in zip(scored(), expected, strict=True))
+
+
 def test_scores_of_samples_take_images_from_either_device(gpu, digits):
     model, net = plane().to("cuda"), quality.mnist_features().to("cuda")
     fake = vaelib.generate(model, 40, seed=0)

@@ -243,7 +243,7 @@ def knn_accuracy(found: Tensor, query_labels: Tensor) -> Tensor:
     """1 where the majority of a query's neighbours has its class; a tie goes to the class of the nearest: (Q, k), (Q,) -> (Q,)."""
     k = found.shape[1]
     votes = (found[:, :, None] == found[:, None]).sum(2)  # (Q, k): how many neighbours share the class of this one
-    winner = (votes * (k + 1) - torch.arange(k)).argmax(1, keepdim=True)
+    winner = (votes * (k + 1) - torch.arange(k, device=found.device)).argmax(1, keepdim=True)
     return (found.gather(1, winner)[:, 0] == query_labels).double()
 
 
@@ -257,6 +257,7 @@ def average_precision(
     `block` rankings are held at once. The ranking is by the rounded distances of one matrix product; ties go to the lower index.
     """
     q, x = check_pair(queries, database, distance)
+    query_labels, labels = query_labels.cpu(), labels.cpu()
     relevant, result = check_relevant(query_labels, labels), []
     for start in range(0, len(q.mean), check_int("block", block)):
         rows = slice(start, start + block)
