@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tokenize
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,30 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     tomllib = pytest.importorskip("tomli")
+
+
+STEPS = ("data", "likelihoods", "objectives", "networks", "vae", "training", "generation", "retrieval", "evaluation")
+
+
+def lines_of_code(path):
+    """The lines of a module without docstrings, comments and blank lines."""
+    bodies = [
+        node.body for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+    ]
+    firsts = [body[0] for body in bodies if body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)]
+    strings = {line for first in firsts for line in range(first.lineno, first.end_lineno + 1)}
+    blank = (
+        tokenize.COMMENT,
+        tokenize.NL,
+        tokenize.NEWLINE,
+        tokenize.INDENT,
+        tokenize.DEDENT,
+        tokenize.ENDMARKER,
+        tokenize.ENCODING,
+    )
+    with path.open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type not in blank]
+    return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - strings)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +107,10 @@ ORDER = [
 ]
 
 
+def test_the_modules_of_the_book_s_steps_can_be_read_in_an_evening():
+    assert sum(lines_of_code(ROOT / "vaelib" / f"{name}.py") for name in STEPS) < 2500
+
+
 def test_imports_run_one_way_down_the_order_of_the_modules():
     modules = {path.stem for path in (ROOT / "vaelib").glob("*.py")} - {"__init__", "__main__"}
     assert set(ORDER) == modules
@@ -102,7 +131,9 @@ def distributions(tmp_path_factory):
             pytest.skip(f"{needed} {found} is here, but {lowest} is the oldest that builds the library")
     folder = tmp_path_factory.mktemp("build") / "project"
     skipped = shutil.ignore_patterns(".*", "_*", "*.egg-info", "build", "dist", "mutants", "runs", "results")
-    shutil.copytree(ROOT, folder, ignore=lambda here, names: skipped(here, names) - {"__init__.py", "__main__.py", "_validation.py"})
+    shutil.copytree(
+        ROOT, folder, ignore=lambda here, names: skipped(here, names) - {"__init__.py", "__main__.py", "_validation.py"}
+    )
     made = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist")]
     subprocess.run(made, cwd=folder, capture_output=True, check=True)
     (wheel,), (source,) = (folder / "dist").glob("*.whl"), (folder / "dist").glob("*.tar.gz")
