@@ -19,6 +19,7 @@ CONV = "--model conv --flip --precision bf16 --channels-last"
 SCALE_1 = '{"name": "gaussian", "scale": 1.0, "discretized": true}'
 LEARNED = '{"name": "gaussian", "scale": 0.3, "learned": true, "discretized": true}'
 MIXTURE = '{"name": "discretized_logistic_mixture", "num_mixtures": 5}'
+RESIDUAL = f"{CONV} --latent-dim 64x8x8 --residual-blocks 1 --likelihood {shlex.quote(MIXTURE)}"
 ROWS = {
     "vector-gaussian-1": f"{CONV} --epochs 12 --likelihood {shlex.quote(SCALE_1)}",
     "vector-gaussian-learned": f"{CONV} --epochs 12 --likelihood {shlex.quote(LEARNED)}",
@@ -26,7 +27,8 @@ ROWS = {
     "vector-mixture": f"{CONV} --epochs 12 --likelihood {shlex.quote(MIXTURE)}",
     "spatial-logistic": f"{CONV} --epochs 12 --latent-dim 64x8x8",
     "spatial-mixture": f"{CONV} --epochs 12 --latent-dim 64x8x8 --likelihood {shlex.quote(MIXTURE)}",
-    "residual-mixture": f"{CONV} --epochs 12 --latent-dim 64x8x8 --residual-blocks 1 --likelihood {shlex.quote(MIXTURE)}",
+    "residual-mixture": f"{RESIDUAL} --epochs 6 --learning-rate 1e-3",
+    "residual-mixture-hot": f"{RESIDUAL} --epochs 12",  # the learning rate of the others breaks it in its first epoch
 }
 # a hierarchical VAE as small as two CPU cores need it: the default of `vaelib.hierarchical_vae` takes over an hour an epoch there
 SMALL = '{"levels": [[16, 1], [16, 2], [8, 2], [4, 0]], "width": 64, "bottleneck": 24, "blocks": 1}'
