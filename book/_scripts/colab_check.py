@@ -17,7 +17,8 @@ import nbformat
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHON = next(filter(None, map(shutil.which, ("python3.12", "python3.11"))), sys.executable)
+FOUND = filter(None, map(shutil.which, ("python3.12", "python3.11")))  # of which some may be a stand-in that starts nothing
+PYTHON = next((name for name in FOUND if not subprocess.run([name, "-c", ""], capture_output=True).returncode), sys.executable)
 SITE = "import sysconfig; print(sysconfig.get_path('purelib'))"
 TORCH = "import torch, torchvision; print(torch.__version__, torchvision.__version__, torch.__file__)"
 VAELIB = "import vaelib; print(vaelib.__file__)"
