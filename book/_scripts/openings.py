@@ -60,12 +60,19 @@ def digits():
 def elbo():
     """log p(x) over a weight of the linear-Gaussian model, and under it the ELBO of the q that is the posterior at one weight."""
     here, far, double = 0.8, 1.9, torch.float64
-    at = lambda weight: LinearGaussian(torch.tensor([[weight]], dtype=double), torch.zeros(1, dtype=double), 0.6)  # noqa: E731
+
+    def at(weight):
+        return LinearGaussian(torch.tensor([[weight]], dtype=double), torch.zeros(1, dtype=double), 0.6)
+
+    def truth(weight):
+        return at(weight).log_evidence(x).mean().item()
+
+    def bound(weight):
+        return at(weight).elbo(x, q.mean, log_var).elbo.mean().item()
+
     x = at(1.5).sample(200, torch.Generator().manual_seed(0))
     q = at(here).posterior(x)
     log_var = q.covariance.diagonal().log().expand_as(q.mean)
-    truth = lambda weight: at(weight).log_evidence(x).mean().item()  # noqa: E731
-    bound = lambda weight: at(weight).elbo(x, q.mean, log_var).elbo.mean().item()  # noqa: E731
     weights = torch.linspace(0.3, 2.4, 200).tolist()
     upper, lower = [truth(w) for w in weights], [bound(w) for w in weights]
     ax = plt.figure(figsize=(WIDTH, 3.6)).add_subplot()
