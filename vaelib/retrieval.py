@@ -28,7 +28,7 @@ METHODS = ("exact", "hnsw", "ivf_pq")
 VERSION = 1  # of the index file
 SPARE = 8  # candidates beyond k whose distance is computed exactly
 GROUP = 32  # scores per group; only the groups with the lowest minima are looked into
-NUMBERS = 2**23  # scores, or numbers of codes, in memory at once
+NUMBERS = 6 * 2**20  # scores, or numbers of codes, in memory at once: 24 MiB, below what malloc returns to the system at each free
 
 
 class Neighbours(NamedTuple):
