@@ -207,7 +207,7 @@ def emulated_gpu():
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "_lazy_init", lambda: None),
     ]
-    if hasattr(torch, "accelerator"):  # what the optimizers ask; torch 2.4 asks `torch.cuda`
+    if hasattr(torch, "accelerator"):  # what the optimizers ask; an older torch asks `torch.cuda`
         patches.append((torch.accelerator, "current_stream", mock.Mock(**{"return_value.is_capturing.return_value": False})))
     with contextlib.ExitStack() as stack:
         for owner, name, value in patches:

@@ -19,10 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # The lower bounds of pyproject.toml have no wheels for these Pythons; these are the first releases that have.
 FIRST_WHEELS = {
-    "3.13": {
-        **{"torch": "2.5.1", "torchvision": "0.20.1", "numpy": "2.1.0", "matplotlib": "3.9.2", "scikit-learn": "1.5.2"},
-        **{"safetensors": "0.4.4", "pillow": "10.4.0"},
-    }
+    "3.13": {"numpy": "2.1.0", "matplotlib": "3.9.2", "scikit-learn": "1.5.2", "safetensors": "0.4.4", "pillow": "10.4.0"},
 }
 
 

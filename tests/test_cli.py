@@ -127,7 +127,7 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     (("train", "--data", "digits", "--likelihood", "{{"), "expected a name or a JSON object"),
     (("train", "--data", "digits", "--model-options", "[1]", "--out", "{tmp}/x"), "model-options: got '[1]', expected a JSON object"),
     (("train", "--data", "digits", "--model-options", '{{"width": 8}}', "--out", "{tmp}/x"), "expected a JSON object with some of act"),
-    (("train", "--data", "digits", "--model-options", "{{", "--out", "{tmp}/x"), "model-options: got '{{', expected a JSON object ("),
+    (("train", "--data", "digits", "--model-options", "{{", "--out", "{tmp}/x"), "model-options: got '{', expected a JSON object ("),
     (("train", "--data", "digits", "--precision", "fp16"), "precision: got 'fp16', expected one of 'bf16', 'float32'"),
     (("train", "--data", "digits", "--batch-size", "5000", "--out", "{tmp}"), "batch_size: got 5000, expected at most the 1375"),
     (("train", "--data", "digits", "--out", "{tmp}/file/run"), "out: got"),

@@ -386,7 +386,10 @@ def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
         try:
             found[name] = read_image(file, image_shape)
         except ValueError as error:
-            skipped[name] = str(error.__cause__ or error).replace(repr(str(file)), "").strip(" :")
+            text = str(error.__cause__ or error)
+            for form in (file, file.resolve()):  # Pillow names one or the other, by its version
+                text = text.replace(repr(str(form)), "")
+            skipped[name] = text.strip(" :")
             reason = str(error)
     if not found:
         raise ValueError(f"path: got {path}, expected a folder with an image that can be read; {len(skipped)} cannot ({reason})")
