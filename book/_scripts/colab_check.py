@@ -68,9 +68,19 @@ def checkout(folder):
     return folder
 
 
-def with_local_address(name, source):
+def solved(path, folder):
+    """The instructor's copy of an assignment: the students' stops at the first part that is not written yet."""
+    out = folder / path.name
+    subprocess.run(
+        [sys.executable, ROOT / "book" / "_scripts" / "assignment.py", "--instructor", out], check=True, capture_output=True
+    )
+    return out
+
+
+def with_local_address(name, source, folder):
     """The chapter with `git+ADDRESS` replaced by the copy, in its first code cell and once."""
-    notebook = nbformat.read(ROOT / "book" / f"{name}.ipynb", as_version=4)
+    path = ROOT / "book" / f"{name}.ipynb"
+    notebook = nbformat.read(solved(path, folder) if name.startswith("assignments/") else path, as_version=4)
     wanted = "git+" + yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     if first.source.count(wanted) != 1:
@@ -86,7 +96,7 @@ def check(name, base, source):
         python, alone = on_top_of(base, folder / "environment"), folder / "content"
         alone.mkdir()
         before = call(python, "-c", TORCH)
-        nbformat.write(with_local_address(name, source), alone / "chapter.ipynb")
+        nbformat.write(with_local_address(name, source, folder), alone / "chapter.ipynb")
         call(python, "-c", RUN, "chapter.ipynb", cwd=alone)
         if call(python, "-c", TORCH, cwd=alone) != before:
             raise ValueError(f"{name}: torch was {before}, and is now {call(python, '-c', TORCH)}")
