@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -148,8 +149,9 @@ def made(original):
     """`torch.tensor` or `torch.as_tensor`, for the two devices."""
 
     def make(data, *args, device=None, **kwargs):
-        device = device or (data.device if isinstance(data, Tensor) else CPU)
-        return original(data, *args, **kwargs).to(device)
+        device = device or (data.device if isinstance(data, Tensor) else None)
+        value = original(data, *args, **kwargs)
+        return value if device is None else value.to(device)  # without a device the context decides: `with torch.device("meta")`
 
     return make
 
@@ -183,6 +185,7 @@ def autocast(self, device_type, *args, **kwargs):
 @contextlib.contextmanager
 def emulated_gpu():
     """Within it there is one "GPU", ``cuda:0``."""
+    _device_constructors()  # torch keeps this list for good, so it must not see the patches
     patches = [
         (Tensor, "device", property(lambda self: GPU if on_gpu(self) else ORIGINAL_DEVICE.__get__(self))),
         (Tensor, "is_cuda", property(on_gpu)),
