@@ -50,7 +50,7 @@ def open_page(browser, address):
         tab.on("pageerror", lambda error: tab.said.append(str(error)))
         context.route("**/*", lambda route: route.continue_() if route.request.url.startswith(address) else route.abort())
         tab.goto(address + name)
-        tab.evaluate("() => window.MathJax && MathJax.startup.promise.then(() => null)")
+        tab.evaluate("() => window.MathJax?.startup?.promise.then(() => null)")
         return tab
 
     yield load
