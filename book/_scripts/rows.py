@@ -27,7 +27,7 @@ ROWS = {
     "vector-mixture": f"{CONV} --epochs 12 --likelihood {shlex.quote(MIXTURE)}",
     "spatial-logistic": f"{CONV} --epochs 12 --latent-dim 64x8x8",
     "spatial-mixture": f"{CONV} --epochs 12 --latent-dim 64x8x8 --likelihood {shlex.quote(MIXTURE)}",
-    "residual-mixture": f"{RESIDUAL} --epochs 12 --learning-rate 2e-3 --kl-warmup-epochs 1",
+    "residual-mixture": f"{RESIDUAL} --epochs 12 --learning-rate 1e-3",
     "residual-mixture-hot": f"{RESIDUAL} --epochs 12",  # as the others: it collapses in its first epoch
 }
 # a hierarchical VAE as small as two CPU cores need it: the default of `vaelib.hierarchical_vae` takes over an hour an epoch there
