@@ -325,19 +325,63 @@ def copy_of_weights(model: VAE) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-@contextmanager
-def exchanged(parameters: list[Tensor], others: list[Tensor] | None) -> Iterator[None]:
-    """The parameters hold the others' values inside the block, and their own again after it."""
-    own = [parameter.detach().clone() for parameter in parameters] if others else []
-    with torch.no_grad():
-        for parameter, other in zip(parameters, others or [], strict=False):
-            parameter.copy_(other)
-    try:
-        yield
-    finally:
+@dataclass
+class Run:
+    """What changes while `fit` runs, and so belongs into a checkpoint."""
+
+    model: VAE
+    optimizer: torch.optim.Optimizer
+    noise: torch.Generator
+    averages: list[Tensor] | None  # of each parameter, where there is an `ema_decay`
+    trace: Tensor  # (steps per epoch, 5): what each step of this epoch gave
+    history: History
+    step: int = 0  # steps done
+    elapsed: float = 0.0  # seconds of this epoch so far
+    best_elbo: float = -math.inf
+    best_weights: dict[str, Tensor] | None = None
+
+    def state(self) -> dict[str, Any]:
+        """All of it as plain data and tensors."""
+        return {
+            "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "averages": self.averages,
+            "noise": self.noise.get_state(), "device": self.trace.device.type, "history": list(self.history),
+            "best_epoch": self.history.best_epoch, "step": self.step, "trace": self.trace, "best_elbo": self.best_elbo,
+            "best_weights": self.best_weights, "elapsed": self.elapsed,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any], group: Group) -> None:
+        """Go on from `state`."""
+        device = self.trace.device
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.averages is not None:
+            self.averages = [value.to(device) for value in state["averages"]]
+        if state["device"] == device.type:  # another kind of device has another kind of generator
+            self.noise.set_state(state["noise"])
+        self.history.extend(state["history"])
+        self.history.best_epoch = state["best_epoch"]
+        for name in ("step", "elapsed", "best_elbo", "best_weights"):
+            setattr(self, name, state[name])
+        if group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
+            self.trace = state["trace"].to(device)
+
+    def average(self, decay: float) -> None:
+        """Move the averages towards the weights; early ones move faster."""
+        assert self.averages is not None
         with torch.no_grad():
-            for parameter, value in zip(parameters, own, strict=False):
-                parameter.copy_(value)
+            weight = 1 - min(decay, self.step / (9 + self.step))
+            torch._foreach_lerp_(self.averages, list(self.model.parameters()), weight)
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """The model has inside the block the weights that are validated, kept and saved: the averages, where there are some."""
+        parameters = [parameter.detach() for parameter in self.model.parameters()]
+        own = [parameter.clone() for parameter in parameters] if self.averages else parameters
+        torch._foreach_copy_(parameters, self.averages or own)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(parameters, own)
 
 
 def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> None:
@@ -400,6 +444,24 @@ def validate(model: VAE, valid: ImageSet, seed: int, group: Group) -> dict[str, 
     return {
         f"valid_{name}": value / len(valid) for name, value in zip(("elbo", "log_likelihood", "kl"), means.tolist(), strict=True)
     }
+
+
+def epoch_record(run: Run, epoch: int, valid: ImageSet | None, seed: int, group: Group) -> dict[str, Any]:
+    """What an epoch that has just ended gave: the means of its trace, and of the held-out ELBO.
+
+    Raises:
+        FloatingPointError: If a term of the loss, a weight or the held-out ELBO is no longer finite.
+    """
+    rows = summed(run.trace, group).cpu()  # the epoch's only wait for the device, but for the validation
+    check_finite(epoch, rows, run.model, run.history)
+    log_likelihood, kl = (rows[:, :2].double().sum(0) / rows[:, 4].sum()).tolist()
+    record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
+    if valid is not None:
+        record |= validate(run.model, valid, seed, group)
+        if not math.isfinite(record["valid_elbo"]):
+            raise FloatingPointError(f"epoch {epoch}: the held-out ELBO is {record['valid_elbo']}; try a lower learning_rate")
+    taken = rows[rows[:, 3] == 0]
+    return record | {"gradient_norm": taken[:, 2].mean().item() if len(taken) else None, "skipped_steps": len(rows) - len(taken)}
 
 
 def fit(
@@ -476,109 +538,79 @@ def fit(
     if config.compile:
         forward = torch.compile(forward)
     of_batch = ("pixels", "labels") if model.needs_labels else ("pixels",)
-    parameters: list[Tensor] = list(model.parameters())
-    optimizer = make_optimizer(model, config)
-    peaks = [options["lr"] for options in optimizer.param_groups]
     steps_per_epoch = math.ceil(len(images) / config.batch_size)
+    run = Run(
+        model=model,
+        optimizer=make_optimizer(model, config),
+        noise=torch.Generator(device).manual_seed(config.seed),
+        averages=None if config.ema_decay is None else [parameter.detach().clone() for parameter in model.parameters()],
+        trace=torch.zeros(steps_per_epoch, 5, device=device),
+        history=History(),
+    )
+    history = run.history
+    history.device = str(device)
+    peaks = [options["lr"] for options in run.optimizer.param_groups]
     rate_factor = learning_rate_factor(config, config.epochs * steps_per_epoch)
     beta = kl_weight(config, steps_per_epoch)
 
-    # What changes while it runs, and so belongs into a checkpoint: the model, the optimizer and these.
-    noise = torch.Generator(device).manual_seed(config.seed)
-    averages = None if config.ema_decay is None else [parameter.detach().clone() for parameter in parameters]
-    history = History()
-    history.device = str(device)
-    step, trace = 0, torch.zeros(steps_per_epoch, 5, device=device)  # steps done; what each step of this epoch gave
-    best_elbo, best_weights, elapsed = -math.inf, None, 0.0  # seconds of this epoch so far
-
     def write_state() -> None:
         if folder is not None and group.leads:
-            write_checkpoint(folder, identity | {
-                "weights": model.state_dict(), "optimizer": optimizer.state_dict(), "averages": averages,
-                "noise": noise.get_state(), "device": device.type, "history": list(history), "best_epoch": history.best_epoch,
-                "step": step, "trace": trace, "best_elbo": best_elbo, "best_weights": best_weights,
-                "elapsed": elapsed,
-            })  # fmt: skip
+            write_checkpoint(folder, identity | run.state())
 
     writer = tensorboard_writer() if tensorboard else None
     group.wait()  # all have looked for a checkpoint before the first one writes it
     if folder is not None and resume and (folder / FILE).exists():
-        state = read_checkpoint(folder, identity)
-        model.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        averages = None if averages is None else [value.to(device) for value in state["averages"]]
-        if state["device"] == device.type:  # another kind of device has another kind of generator
-            noise.set_state(state["noise"])
-        history.extend(state["history"])
-        history.best_epoch, best_elbo, best_weights = state["best_epoch"], state["best_elbo"], state["best_weights"]
-        step, elapsed = state["step"], state["elapsed"]
-        if group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
-            trace = state["trace"].to(device)
+        run.restore(read_checkpoint(folder, identity), group)
         group.wait()
     elif folder is not None:
         write_state()  # whether it can be written is known before any work
 
-    with exchanged(parameters, averages):
+    with run.judged():
         good_weights = copy_of_weights(model)
     modes = {module: module.training for module in model.modules()}
-    first_step, last_written = step, time.perf_counter()
+    first_step, last_written = run.step, time.perf_counter()
     if writer is not None and folder is not None:  # it forgets what an interrupted run wrote after its checkpoint
         writer = writer(folder / "tensorboard", purge_step=len(history) + 1) if group.leads else None
     pressed, release = hold_interrupts()
-    bar = tqdm(total=config.epochs * steps_per_epoch, initial=step, unit="batch", disable=not (config.progress and group.leads))
+    total = config.epochs * steps_per_epoch
+    bar = tqdm(total=total, initial=run.step, unit="batch", disable=not (config.progress and group.leads))
     try:
         for epoch in range(len(history) + 1, config.epochs + 1):
             if config.patience is not None and history.best_epoch and epoch - 1 - history.best_epoch >= config.patience:
                 history.stopped = "early stop"
                 break
-            start = time.perf_counter() - elapsed
+            start = time.perf_counter() - run.elapsed
             model.train()
-            done = step - (epoch - 1) * steps_per_epoch  # above 0 only on resume
+            done = run.step - (epoch - 1) * steps_per_epoch  # above 0 only on resume
             batches = (minibatches(images, config.batch_size, epoch_order(config.seed, epoch), done, field) for field in of_batch)
             for row, batch in enumerate(zip(*batches, strict=True), done):
-                for options, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    options["lr"] = peak * rate_factor(step)
-                trace[row] = train_step(forward, model, optimizer, batch, noise, beta(step), config, group)
-                step += 1
-                if averages is not None and config.ema_decay is not None:
-                    with torch.no_grad():
-                        torch._foreach_lerp_(averages, parameters, 1 - min(config.ema_decay, step / (9 + step)))
+                for options, peak in zip(run.optimizer.param_groups, peaks, strict=True):
+                    options["lr"] = peak * rate_factor(run.step)
+                run.trace[row] = train_step(forward, model, run.optimizer, batch, run.noise, beta(run.step), config, group)
+                run.step += 1
+                if config.ema_decay is not None:
+                    run.average(config.ema_decay)
                 bar.update()
-                elapsed = time.perf_counter() - start
+                run.elapsed = time.perf_counter() - start
                 if pressed:
                     raise KeyboardInterrupt
                 if config.checkpoint_minutes is not None and time.perf_counter() - last_written >= 60 * config.checkpoint_minutes:
-                    if trace[: row + 1, :2].isfinite().all():  # never over the last good one
+                    if run.trace[: row + 1, :2].isfinite().all():  # never over the last good one
                         write_state()
                     last_written = time.perf_counter()
 
-            rows = summed(trace, group).cpu()  # the epoch's only wait for the device, but for the validation
-            with exchanged(parameters, averages):
-                check_finite(epoch, rows, model, history)
-                log_likelihood, kl = (rows[:, :2].double().sum(0) / rows[:, 4].sum()).tolist()
-                record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
-                if valid is not None:
-                    record |= validate(model, valid, config.seed, group)
-                    if not math.isfinite(record["valid_elbo"]):
-                        raise FloatingPointError(
-                            f"epoch {epoch}: the held-out ELBO is {record['valid_elbo']}; try a lower learning_rate"
-                        )
+            with run.judged():
+                record = epoch_record(run, epoch, valid, config.seed, group)
                 good_weights = copy_of_weights(model)
-            taken = rows[rows[:, 3] == 0]
-            norm = taken[:, 2].mean().item() if len(taken) else None
-            record |= {"gradient_norm": norm, "skipped_steps": len(rows) - len(taken)}
-            record |= {
-                "learning_rate": peaks[0] * rate_factor(step - 1),
-                "beta": beta(step - 1),
-                "seconds": time.perf_counter() - start,
-            }
+            record |= {"learning_rate": peaks[0] * rate_factor(run.step - 1), "beta": beta(run.step - 1)}
+            record["seconds"] = time.perf_counter() - start
             history.append(record)
-            elapsed = 0.0
+            run.elapsed = 0.0
             bar.set_postfix({key: f"{record[key]:.2f}" for key in ("train_elbo", "valid_elbo") if key in record})
-            if valid is not None and record["valid_elbo"] > best_elbo:
-                best_elbo, history.best_epoch = record["valid_elbo"], epoch
+            if valid is not None and record["valid_elbo"] > run.best_elbo:
+                run.best_elbo, history.best_epoch = record["valid_elbo"], epoch
                 if config.patience is not None:
-                    best_weights = good_weights
+                    run.best_weights = good_weights
             if folder is not None and group.leads:
                 write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in history))
                 if epoch % config.checkpoint_epochs == 0:
@@ -594,20 +626,20 @@ def fit(
         if pressed:  # between two steps, so that the state is whole
             write_state()
     except FloatingPointError:
-        best_weights = good_weights
+        run.best_weights = good_weights
         raise
     finally:
         release()
-        history.steps = step - first_step
+        history.steps = run.step - first_step
         bar.close()
         if writer is not None:
             writer.close()
         for module, mode in modes.items():
             module.training = mode
-        if best_weights is not None:
-            model.load_state_dict(best_weights)
-        elif averages is not None:
-            torch._foreach_copy_([parameter.detach() for parameter in parameters], averages)
+        if run.best_weights is not None:
+            model.load_state_dict(run.best_weights)
+        elif run.averages is not None:
+            torch._foreach_copy_([parameter.detach() for parameter in model.parameters()], run.averages)
     return history
 
 

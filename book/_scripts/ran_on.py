@@ -20,7 +20,7 @@ This page is made from that record, `results/ran-on.json`, by `python book/_scri
 |---|---|---|---|---|---|---|
 """
 TAIL = """
-The sum is {total:.1f} minutes.
+The sum, before rounding, is {total:.1f} minutes.
 Minutes are the wall time of the whole notebook, with imports and figures.
 "+changes" behind a commit says that the library or a script had been edited since that commit.
 Long runs that the chapters only read, such as the rows of the CIFAR-10 tables, are not in these minutes.

@@ -27,7 +27,8 @@ CONTRAST = {"mnist": 10.0, "fashion-mnist": 10.0, "cifar10": 300.0}  # weight of
 RANKED = 1000  # queries whose whole ranking is scored (mAP)
 SLOW = 1000  # queries of the Bhattacharyya distance in 128 dimensions, which no matrix product computes
 DISTANCES = ("euclidean", "cosine", "symmetric_kl", "bhattacharyya")
-ROWS = ("random", "pixels", "pixels-cosine", "pca", "random-conv", "autoencoder", *(f"vae-{d}" for d in DISTANCES), "contrastive")
+ROWS = ("random", "pixels", "pixels-cosine", "pca", "pca-cosine", "random-conv", "autoencoder", "autoencoder-cosine")
+ROWS += (*(f"vae-{d}" for d in DISTANCES), "contrastive")
 
 
 def build(name):
@@ -111,24 +112,25 @@ def codes(name, row, train, test):
     """What a row without posteriors compares: (N, D) of both sets, the distance, and the seconds of training."""
     flat = [images.pixels.flatten(1).float() for images in (train, test)]
     generator = torch.Generator().manual_seed(0)
-    if row == "random":
-        return [torch.randn(len(x), LATENTS[name], generator=generator) for x in flat], "euclidean", 0.0
-    if row.startswith("pixels"):
-        return flat, "cosine" if row.endswith("cosine") else "euclidean", 0.0
+    distance = "cosine" if row.endswith("-cosine") or row == "contrastive" else "euclidean"
+    kind = row.removesuffix("-cosine")
+    if kind == "random":
+        return [torch.randn(len(x), LATENTS[name], generator=generator) for x in flat], distance, 0.0
+    if kind == "pixels":
+        return flat, distance, 0.0
     began = time.perf_counter()
-    if row == "pca":
+    if kind == "pca":
         from sklearn.decomposition import PCA
 
         pca = PCA(LATENTS[name], random_state=0).fit(flat[0].numpy())
-        return [torch.from_numpy(pca.transform(x.numpy())) for x in flat], "euclidean", time.perf_counter() - began
+        return [torch.from_numpy(pca.transform(x.numpy())) for x in flat], distance, time.perf_counter() - began
     torch.manual_seed(0)
     shape = train.image_shape
-    model = vaelib.conv_vae(shape, LATENTS[name], "gaussian") if row == "random-conv" else None
+    model = vaelib.conv_vae(shape, LATENTS[name], "gaussian") if kind == "random-conv" else None
     seconds = 0.0
     if model is None:
-        model, seconds = learned(name, row, train)
-    cosine = row == "contrastive"
-    return [vaelib.posterior_means(model, images) for images in (train, test)], "cosine" if cosine else "euclidean", seconds
+        model, seconds = learned(name, kind, train)
+    return [vaelib.posterior_means(model, images) for images in (train, test)], distance, seconds
 
 
 def run(name, row):

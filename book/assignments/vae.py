@@ -27,7 +27,7 @@
 #
 # You write the eight parts of a VAE, and two short answers.
 # Then your parts train together on handwritten digits.
-# The chapters [ELBO](../elbo.ipynb) and [retrieval](../retrieval.ipynb) have all the mathematics that you need.
+# The chapter [ELBO](../elbo.ipynb) has the mathematics of the parts, and [MNIST](../mnist-mlp.ipynb) what the question on silent latents needs; part 8 stands on its own.
 #
 # - Replace each `raise NotImplementedError()` with your code, and each `YOUR ANSWER HERE` with your words.
 # - The cell below your code runs a *checker*.
@@ -120,7 +120,7 @@ print(verdicts["reparameterize"])
 # %% [markdown]
 # ## 3. The ELBO (12 points)
 #
-# For binary pixels $x_d$ and the decoder's logits $o_d$, with one sample of $z$,
+# For binary pixels $x_d$ and the decoder's logits $o_d$ at one sample of $z$, the estimate of the ELBO is
 #
 # $$
 # \mathrm{ELBO}(x) = \sum_{d} \Big[ x_d \log \operatorname{sigmoid}(o_d) + (1 - x_d) \log \operatorname{sigmoid}(-o_d) \Big]
@@ -152,7 +152,7 @@ print(verdicts["elbo"])
 # ### Question: sums and means (8 points)
 #
 # A fellow student adds the log-likelihood up over the pixels, but takes the *mean* of the KL over 20 latents.
-# Which $\beta$ does the $\beta$-VAE have that this trains?
+# This trains a $\beta$-VAE: with which $\beta$?
 # What would you expect of its reconstructions, and of images decoded from samples of the prior, beside those of the ELBO?
 # Three to five sentences.
 
@@ -167,15 +167,15 @@ print(verdicts["elbo"])
 # ## 4. The likelihood of stored pixels (12 points)
 #
 # Grey pixels are stored on 256 levels; here they are spread evenly over $[-1, 1]$, so that neighbours lie $\frac{2}{255}$ apart.
-# The discretized logistic gives each level the mass of a logistic density, of location $\mu$ and scale $s$, between
-# $a = (x - \frac{1}{255} - \mu) / s$ and $b = (x + \frac{1}{255} - \mu) / s$:
+# The discretized logistic gives each level the mass of a logistic density, of location $m$ and scale $s$, between
+# $a = (x - \frac{1}{255} - m) / s$ and $b = (x + \frac{1}{255} - m) / s$:
 #
 # $$
 # \log p(x) = \sum_{d} \log \big[ \operatorname{sigmoid}(b_d) - \operatorname{sigmoid}(a_d) \big] ,
 # $$
 #
 # but the lowest level reaches down to $a = -\infty$ and the highest up to $b = \infty$.
-# Written so, the difference rounds to 0 when $\mu$ is far from $x$.
+# Written so, the difference rounds to 0 when $m$ is far from $x$.
 # This form does not:
 #
 # $$
@@ -183,7 +183,7 @@ print(verdicts["elbo"])
 # = \log \operatorname{sigmoid}(b) + \log \operatorname{sigmoid}(-a) + \log \big( 1 - e^{-(b - a)} \big) .
 # $$
 #
-# In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $\mu$, then all $\log s$.
+# In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $m$, then all $\log s$.
 # Out: one number for each image, $(N,)$, nats, finite also where a parameter is $\pm 30$.
 # Helpful: `F.logsigmoid`, `torch.expm1`, and $b - a = \frac{2}{255\, s}$ computed directly.
 
@@ -310,7 +310,7 @@ print(verdicts["networks"])
 #
 # You train a VAE with 20 latents.
 # At the end the KL of 14 of them is 0.00 nats for every image.
-# What would happen to the ELBO and to the reconstructions if you removed these 14?
+# What would happen to the ELBO and to the reconstructions if you removed these 14 latents and changed nothing else?
 # Is it an error in the code?
 # Three to five sentences.
 
@@ -389,7 +389,7 @@ print(verdicts["retrieval"])
 # %% [markdown]
 # ## All together (no points)
 #
-# Your networks, trained by your step on 1500 handwritten digits: some seconds on one core.
+# Your step trains your networks on 1500 handwritten digits, in some seconds on one core.
 # Below are samples of the prior, decoded.
 # They are rough: the set is small, and so is the network.
 
