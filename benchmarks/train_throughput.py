@@ -5,7 +5,8 @@
 Two workloads, batch 128 and Adam: `mnist`, the 784-400-20 Bernoulli VAE with dynamic binarization on 12800 MNIST images, and
 `cifar`, `conv_vae` with 128 latents and a discretized logistic on 2560 CIFAR-10 images. Rows:
 
-- `fit`: vaelib's trainer as it comes; `fit, bf16` (with channels_last on `cifar`) and `fit, compiled` the same with these settings.
+- `fit`: vaelib's trainer as it comes; `fit, bf16` (with channels_last on `cifar`) and `fit, compiled` the same with these settings;
+  `fit, graphs` (CUDA only) compiled in the mode that records CUDA graphs.
 - `DataLoader`: torchvision's data set with `ToTensor` through a `DataLoader`, as in the official PyTorch example; same model and
   loss, the optimizer as torch makes it.
 - `pythae`: its `BaseTrainer`, same network and batch, where it is installed (`pip install pythae`).
@@ -184,6 +185,8 @@ def measure(workload, rounds, device):
         "fit, compiled": partial(by_fit, compile=True, **layout),
         "DataLoader": by_data_loader,
     }
+    if device.type == "cuda":
+        ways["fit, graphs"] = partial(by_fit, compile="reduce-overhead", **layout)
     if workload == "mnist":
         ways["matrix products"] = by_matrix_products
     if importlib.util.find_spec("pythae"):

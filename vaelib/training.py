@@ -34,6 +34,7 @@ OPTIMIZERS: dict[str, Any] = {
     for name, value in vars(torch.optim).items()
     if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
 }
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
 SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] -> factor of the learning rate
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1 - progress,
@@ -67,7 +68,7 @@ class TrainConfig:
             None keeps the weights themselves. In step t the decay is at most (1 + t) / (10 + t).
         flip: mirror each image with probability 1/2.
         precision: ``"float32"``, or ``"bf16"``: the networks under autocast; KL, likelihood and log-sum-exp stay in float32.
-        compile: run the model through `torch.compile`.
+        compile: run the model through `torch.compile`; a string is its mode, such as ``"reduce-overhead"``, which records CUDA graphs.
         channels_last: lay images and convolutions out with the channels innermost.
         seed: of the order of the images, the flips, the binarization and the draws of z. (Seed the weights with
             `torch.manual_seed`.)
@@ -100,7 +101,7 @@ class TrainConfig:
     ema_decay: float | None = None
     flip: bool = False
     precision: str = "float32"
-    compile: bool = False
+    compile: bool | str = False
     channels_last: bool = False
     seed: int = 0
     device: str = "auto"
@@ -134,8 +135,12 @@ class TrainConfig:
                     belongs = f"{neutral}: it belongs to the ELBO, and the objective is {self.objective!r}"
                     raise ValueError(f"{name}: got {getattr(self, name)}, expected {belongs}")
         if self.objective == "dreg" and self.compile:
-            raise ValueError("compile: got True, expected False: the gradient of the objective 'dreg' is made by a hook")
-        for name in ("flip", "compile", "channels_last", "progress"):
+            raise ValueError(f"compile: got {self.compile!r}, expected False: the gradient of the objective 'dreg' is made by a hook")
+        if isinstance(self.compile, str):
+            check_choice("compile", self.compile, COMPILE_MODES)
+        elif not isinstance(self.compile, bool):
+            raise ValueError(f"compile: got {describe(self.compile)}, expected True, False or a mode of torch.compile")
+        for name in ("flip", "channels_last", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: got {describe(getattr(self, name))}, expected True or False")
         if self.optimizer_options is not None and not isinstance(self.optimizer_options, dict):
@@ -536,7 +541,7 @@ def fit(
     if group.size > 1:  # this also makes all processes start from the first one's weights
         forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if config.compile:
-        forward = torch.compile(forward)
+        forward = torch.compile(forward, mode=None if config.compile is True else config.compile)
     of_batch = ("pixels", "labels") if model.needs_labels else ("pixels",)
     steps_per_epoch = math.ceil(len(images) / config.batch_size)
     run = Run(

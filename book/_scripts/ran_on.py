@@ -22,11 +22,11 @@ This page is made from that record, `results/ran-on.json`, by `python book/_scri
 TAIL = """
 The sum, before rounding, is {total:.1f} minutes.
 Minutes are the wall time of the whole notebook, with imports and figures.
-"+changes" behind a commit says that the library or a script had been edited since that commit.
-Long runs that the chapters only read, such as the rows of the CIFAR-10 tables, are not in these minutes.
+{changes}Long runs that the chapters only read, such as the rows of the CIFAR-10 tables, are not in these minutes.
 Their own files in `results/` say how long they took.
 [](troubleshooting.md) says which of the numbers you should get again.
 """
+CHANGES = '"+changes" behind a commit says that the library or a script had been edited since that commit.\n'
 
 
 def hardware(record):
@@ -43,7 +43,8 @@ def page(runs):
         f"| {run['versions']['python']} | {run['versions']['torch']} | {run['commit'] or 'not known'} |\n"
         for name, run in sorted(runs.items(), key=lambda item: contents.index(item[0]))
     ]
-    return HEAD + "".join(rows) + TAIL.format(total=sum(run["seconds"] for run in runs.values()) / 60)
+    total = sum(run["seconds"] for run in runs.values()) / 60
+    return HEAD + "".join(rows) + TAIL.format(total=total, changes=CHANGES * ("+changes" in "".join(rows)))
 
 
 if __name__ == "__main__":
