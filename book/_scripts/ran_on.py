@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "book" / "ran-on.md"
 HEAD = """# Where it ran
 
-The outputs that you see are those of one full run of each chapter.
+The outputs that you see are those of one full run of each chapter; a cell that was changed since was run again with what it needs.
 `make execute` makes them, and writes down when, on what and for how long.
 This page is made from that record, `results/ran-on.json`, by `python book/_scripts/ran_on.py`.
 
