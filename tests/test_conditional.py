@@ -375,7 +375,7 @@ def test_other_labels_make_no_other_run_of_an_unconditional_model(digits, tmp_pa
 def test_a_compiled_conditional_model_takes_the_same_steps(digits, monkeypatch):
     traced, results = [], []
 
-    def trace(model, of=torch.compile):
+    def trace(model, mode, of=torch.compile):
         traced.append(of(model, backend="eager"))  # not made machine code: that takes half a minute
         return traced[0]
 

@@ -478,23 +478,29 @@ def labels(book, site):
     words, addresses = {}, {}
     for place, (name, notebook) in enumerate(book.items(), start=1):
         text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-        figures = []
+        figures, shown = [], None  # the exercises have no slides
         for cell in notebook.cells:
             said = cell.metadata.get("mystnb", {}).get("figure", {})
             figures += [said["name"]] if said else re.findall(r"^:::\{figure-md\} (\S+)", cell.source, re.MULTILINE)
+            shown = len(figures) if shown is None and "## Exercises" in cell.source else shown
         equations = re.findall(r"^\$\$ \((\S+)\)", text, re.MULTILINE)
         exercises = re.findall(r"^:::\{exercise\}\n:label: (\S+)", text, re.MULTILINE)
         here = {label: f"Fig. {place}.{number}" for number, label in enumerate(figures, start=1)}
         here |= {label: f"Eq. {place}.{number}" for number, label in enumerate(equations, start=1)}
         addresses |= {label: f"{name}.html#/{label}" for label in here}
+        addresses |= {label: f"{site}{name}.html#{label}" for label in (figures[shown:] if shown is not None else ())}
         tasks = {label: f"Exercise {place}.{number}" for number, label in enumerate(exercises, start=1)}
         sections = dict(re.findall(r"^\((\S+)\)=\n#+ (.*)", text, re.MULTILINE))
         addresses |= {label: f"{site}{name}.html#{label}" for label in {**tasks, **sections}}
         words |= here | tasks | sections | {f"{name}.ipynb": re.search(r"^# (.*)", text, re.MULTILINE)[1]}
         addresses[f"{name}.ipynb"] = f"{name}.html"
-    for page in BOOK.glob("*.md"):
+    unnumbered = []  # figures of the pages that are no chapters
+    for page in sorted(BOOK.glob("*.md")):
         text = page.read_text(encoding="utf-8")
         sections = dict(re.findall(r"^\((\S+)\)=\n#+ (.*)", text, re.MULTILINE))
+        for label in re.findall(r"^:name: (fig-\S+)", text, re.MULTILINE):
+            unnumbered.append(label)
+            sections[label] = f"Fig. {len(unnumbered)}"
         words |= sections | {page.name: re.search(r"^# (.*)", text, re.MULTILINE)[1]}
         addresses |= {label: f"{site}{page.stem}.html#{label}" for label in sections} | {page.name: f"{site}{page.stem}.html"}
     return words, addresses
