@@ -79,6 +79,16 @@ def add_description(app, pagename, templatename, context, doctree):
         context["meta"] = (context["meta"] or {}) | {"og:description": text}
 
 
+def link_equations(app, what, name, obj, options, lines):
+    """A docstring names equations by their labels; on its page these are links."""
+    lines[:] = [re.sub(r"\beq\. ([a-z][a-z0-9-]*[a-z0-9])", r":eq:`\1`", line) for line in lines]
+
+
+def skip_fields(app, what, name, obj, skip, options):
+    """The fields of a named tuple are told in its docstring; "Alias for field number 0" adds nothing."""
+    return True if (getattr(obj, "__doc__", None) or "").startswith("Alias for field number") else None
+
+
 def not_found(app):
     """The page that a server shows in place of one that it does not have."""
     home = relative_uri("404.html", app.builder.get_target_uri(app.config.root_doc))
@@ -92,7 +102,8 @@ def lighter(page: str, address: str, folder: Path) -> str:
     def image(match):
         path = (folder / address).parent / match[1]
         width, height = struct.unpack(">II", path.read_bytes()[16:24])  # of a PNG file
-        return f'<img loading="lazy" width="{width}" height="{height}"{match[0][4:]}'
+        lazy = f'<img loading="lazy" width="{width}" height="{height}"{match[0][4:]}'
+        return lazy if re.search(r"<a [^>]*>\s*\Z", page[: match.start()]) else f'<a href="{match[1]}">{lazy}</a>'  # a tap enlarges it
 
     def frame(match):
         data = unescape(match[1]).encode()
@@ -101,7 +112,7 @@ def lighter(page: str, address: str, folder: Path) -> str:
         (folder / name).write_bytes(data)
         return f'<iframe src="{relative_uri(address, name)}"'
 
-    page = re.sub(r'<img (?!loading)[^>]*?src="([^":]*_images/[^"]*\.png)"', image, page)
+    page = re.sub(r'<img (?!loading)[^>]*?src="([^":]*_images/[^"]*\.png)"[^>]*>', image, page)
     return re.sub(r'<iframe srcdoc="([^"]*)"', frame, page)
 
 
@@ -134,6 +145,8 @@ def mend(app, error):
 def setup(app):
     app.add_js_file(None, body=UNFOLDED)
     app.connect("html-page-context", add_description, priority=400)  # before opengraph
+    app.connect("autodoc-process-docstring", link_equations)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-collect-pages", not_found)
     app.connect("build-finished", mend, priority=900)  # after the theme
     return {"parallel_read_safe": True, "parallel_write_safe": True}

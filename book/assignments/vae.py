@@ -179,8 +179,11 @@ print(verdicts["elbo"])
 # This form does not:
 #
 # $$
+# \begin{aligned}
 # \log \big[ \operatorname{sigmoid}(b) - \operatorname{sigmoid}(a) \big]
-# = \log \operatorname{sigmoid}(b) + \log \operatorname{sigmoid}(-a) + \log \big( 1 - e^{-(b - a)} \big) .
+# ={}& \log \operatorname{sigmoid}(b) + \log \operatorname{sigmoid}(-a) \\
+# &+ \log \big( 1 - e^{-(b - a)} \big) .
+# \end{aligned}
 # $$
 #
 # In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $m$, then all $\log s$.
