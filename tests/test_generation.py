@@ -248,6 +248,15 @@ def test_figures_hold_what_their_axes_say(trained, digits):
     assert sorted(text.get_text() for text in ax.texts) == list("0123456789")
 
 
+def test_names_of_classes_with_nearly_the_same_median_stand_apart():
+    labels = torch.arange(10).repeat(50)
+    codes = torch.randn(500, 2, generator=torch.Generator().manual_seed(0)) + 0.01 * labels[:, None]
+    ax = latent_scatter(codes, labels, [str(label) for label in range(10)]).axes[0]
+    places = torch.tensor([text.get_position() for text in ax.texts])
+    span = (codes.amax(0) - codes.amin(0)).max().item()
+    assert torch.pdist(places).min() > 0.069 * span
+
+
 def test_figures_of_the_library_show_at_the_end_of_every_notebook_cell():
     import nbformat
     from nbclient import NotebookClient

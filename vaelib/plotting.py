@@ -123,8 +123,17 @@ def training_curves(history: Sequence[dict[str, float]], skip: int = 0) -> Figur
         return figure
 
 
+def apart(places: Tensor, distance: float) -> Tensor:
+    """Points (N, 2), pushed away from each other until no two are nearer than `distance`; equal ones stay."""
+    for _ in range(200):
+        gaps = places[:, None] - places
+        lengths = gaps.norm(dim=2).fill_diagonal_(math.inf)
+        places = places + ((distance - lengths).clamp(min=0) / 2 / lengths.clamp(min=1e-9))[:, :, None].mul(gaps).sum(1)
+    return places
+
+
 def latent_scatter(codes: Tensor, labels: Tensor, classes: Sequence[str], ax: Axes | None = None) -> Figure:
-    """Posterior means in a 2-D latent space, coloured by class, each class named at its median."""
+    """Posterior means in a 2-D latent space, coloured by class, each class named at its median or, where names would meet, beside it."""
     codes, labels = codes.cpu(), labels.cpu()
     with style():
         if ax is None:
@@ -133,11 +142,12 @@ def latent_scatter(codes: Tensor, labels: Tensor, classes: Sequence[str], ax: Ax
         for label in range(len(classes)):
             mine = codes[labels == label]
             ax.scatter(mine[:, 0], mine[:, 1], s=3, alpha=0.35, color=colors[label % 10], linewidths=0)
-        for label, name in enumerate(classes):
-            mine = codes[labels == label]
-            if len(mine):
-                x, y = mine.median(0).values.tolist()
-                box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colors[label % 10], "alpha": 0.9}
-                ax.text(x, y, name, ha="center", va="center", fontsize=9, bbox=box)
+        present = labels.unique().tolist()
+        medians = torch.stack([codes[labels == label].median(0).values for label in present])
+        span = (codes.amax(0) - codes.amin(0)).max().item()
+        for label, (x, y), (left, up) in zip(present, medians.tolist(), apart(medians, 0.07 * span).tolist(), strict=True):
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": colors[label % 10], "alpha": 0.9}
+            ax.plot([x, left], [y, up], color="black", lw=0.8)
+            ax.text(left, up, classes[label], ha="center", va="center", fontsize=9, bbox=box)
         ax.set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
         return ax.figure  # type: ignore[return-value]  # no SubFigure
