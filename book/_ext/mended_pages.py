@@ -79,8 +79,10 @@ def add_description(app, pagename, templatename, context, doctree):
         context["meta"] = (context["meta"] or {}) | {"og:description": text}
 
 
-def link_equations(app, what, name, obj, options, lines):
-    """A docstring names equations by their labels; on its page these are links."""
+def tidy_docstring(app, what, name, obj, options, lines):
+    """A docstring names equations by their labels; on its page these are links. What torch says of every `forward` is left out."""
+    if lines and lines[0].startswith("Define the computation performed at every call"):
+        lines.clear()
     lines[:] = [re.sub(r"\beq\. ([a-z][a-z0-9-]*[a-z0-9])", r":eq:`\1`", line) for line in lines]
 
 
@@ -145,7 +147,7 @@ def mend(app, error):
 def setup(app):
     app.add_js_file(None, body=UNFOLDED)
     app.connect("html-page-context", add_description, priority=400)  # before opengraph
-    app.connect("autodoc-process-docstring", link_equations)
+    app.connect("autodoc-process-docstring", tidy_docstring)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("html-collect-pages", not_found)
     app.connect("build-finished", mend, priority=900)  # after the theme
