@@ -478,17 +478,19 @@ def labels(book, site):
     words, addresses = {}, {}
     for place, (name, notebook) in enumerate(book.items(), start=1):
         text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-        figures, shown = [], None  # the exercises have no slides
+        figures, without_slide, at_exercises = [], [], False
         for cell in notebook.cells:
             said = cell.metadata.get("mystnb", {}).get("figure", {})
-            figures += [said["name"]] if said else re.findall(r"^:::\{figure-md\} (\S+)", cell.source, re.MULTILINE)
-            shown = len(figures) if shown is None and "## Exercises" in cell.source else shown
+            found = [said["name"]] if said else re.findall(r"^:::\{figure-md\} (\S+)", cell.source, re.MULTILINE)
+            at_exercises = at_exercises or "## Exercises" in cell.source
+            figures += found
+            without_slide += found if at_exercises else []
         equations = re.findall(r"^\$\$ \((\S+)\)", text, re.MULTILINE)
         exercises = re.findall(r"^:::\{exercise\}\n:label: (\S+)", text, re.MULTILINE)
         here = {label: f"Fig. {place}.{number}" for number, label in enumerate(figures, start=1)}
         here |= {label: f"Eq. {place}.{number}" for number, label in enumerate(equations, start=1)}
         addresses |= {label: f"{name}.html#/{label}" for label in here}
-        addresses |= {label: f"{site}{name}.html#{label}" for label in (figures[shown:] if shown is not None else ())}
+        addresses |= {label: f"{site}{name}.html#{label}" for label in without_slide}
         tasks = {label: f"Exercise {place}.{number}" for number, label in enumerate(exercises, start=1)}
         sections = dict(re.findall(r"^\((\S+)\)=\n#+ (.*)", text, re.MULTILINE))
         addresses |= {label: f"{site}{name}.html#{label}" for label in {**tasks, **sections}}
