@@ -49,6 +49,7 @@ def scores(vae, test):
         q = vae.encode(vae.likelihood.observe(test.pixels, torch.Generator().manual_seed(0)))
     units = vaelib.gaussian_kl(q.mean[..., None], q.log_var[..., None]).mean(0)  # (L,), nats
     row |= {"used": int((units > USED).sum()), "used_share": (units[units > USED].sum() / units.sum()).item()}
+    row["rate_of_the_rest"] = units[units <= USED].sum().item()
     own = vae.likelihood
     if isinstance(own, vaelib.Bernoulli):  # params are logits
         vae.likelihood = vaelib.Bernoulli()
