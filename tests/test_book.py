@@ -72,6 +72,28 @@ def test_every_numbered_equation_is_followed_by_a_cell_that_computes(name):
             assert cells[place + 1].cell_type == "code", cell.id
 
 
+def printed(cell):
+    """What a cell prints: the words in front, and the source of the value behind them."""
+    for node in ast.walk(ast.parse(cell.source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and len(node.args) == 2:
+            yield (
+                ast.literal_eval(node.args[0]).strip() if isinstance(node.args[0], ast.Constant) else "",
+                ast.unparse(node.args[1]),
+            )
+
+
+@pytest.mark.parametrize("label", ["gaussian-log-density", "gaussian-kl", "gaussian-log-prob"])
+def test_a_closed_form_of_the_derivation_is_written_out_beside_what_does_not_use_it(label):
+    cells = chapter("elbo").cells
+    place = next(i for i, cell in enumerate(cells) if f"$$ ({label})" in cell.source)
+    sides = dict(printed(cells[place + 1]))
+    assert "vaelib" not in sides["right-hand side"]
+    assert not re.search(r"log_prob|kl_divergence", sides["right-hand side"])
+    assert "log_s2" in sides["right-hand side"] or "squared" in sides["right-hand side"]
+    said = dict(re.findall(r"^(.+?)  +tensor\(\[(.+)\]\)$", cells[place + 1].outputs[0].text, re.MULTILINE))
+    assert said["right-hand side"] == said["torch.distributions"] == said["library"]
+
+
 TRACE = re.compile(
     r"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<unit>[^<\n\d]{0,24})<!-- (?P<file>[a-z0-9-]+):(?P<path>[^*>]+?)(?: \* (?P<factor>[\d.]+))? -->"
 )
