@@ -76,6 +76,18 @@ def test_statistical_distances_are_those_of_torch_distributions_and_of_the_integ
     torch.testing.assert_close(distance_between(p, q, "bhattacharyya"), -integral.log(), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", DISTANCES[2:])
+def test_the_distance_of_nearly_equal_posteriors_is_never_below_zero(distance, dtype):
+    change = torch.cat([torch.logspace(-20, 0.5, 500, dtype=dtype), -torch.logspace(-20, 0.5, 500, dtype=dtype)])[:, None]
+    p, q = Posterior(torch.zeros_like(change), change), Posterior(torch.zeros_like(change), torch.zeros_like(change))
+    found = distance_between(p, q, distance)
+    assert (found >= 0).all()
+    exact = change[:, 0].double() ** 2 * (1 / 2 if distance == "symmetric_kl" else 1 / 16)  # to first order
+    near = change[:, 0].abs() < 1e-3
+    torch.testing.assert_close(found[near].double(), exact[near], rtol=1e-5, atol=1e-40)
+
+
 def test_every_distance_is_symmetric_and_zero_from_a_code_to_itself():
     p, q = random_codes(50, 7, 1, torch.float64), random_codes(50, 7, 2, torch.float64)
     for distance in DISTANCES:

@@ -53,7 +53,8 @@ def distance_between(p: Posterior, q: Posterior, distance: str) -> Tensor:
     squared, change = (p.mean - q.mean).square(), (p.log_var - q.log_var) / 2
     if distance == "symmetric_kl":
         return (2 * change.sinh().square() + squared * ((-p.log_var).exp() + (-q.log_var).exp()) / 2).sum(-1)
-    log_cosh = torch.logaddexp(change, -change) - math.log(2)
+    large = torch.logaddexp(change, -change) - math.log(2)
+    log_cosh = torch.where(change.abs() < 1, (2 * (change / 2).sinh().square()).log1p(), large)  # near 0 `large` loses its digits
     return (squared / (p.log_var.exp() + q.log_var.exp()) / 4 + log_cosh / 2).sum(-1)
 
 
