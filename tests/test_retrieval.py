@@ -369,6 +369,51 @@ def test_faiss_methods_find_nearly_the_exact_neighbours_and_keep_through_a_file(
         index.search(digits.pixels[:3], 10, "cosine")
 
 
+def check_against_all_distances(index, q, k, share=1.0):
+    """The distances found are those of the k nearest of all codes, but for a share of the queries; no image comes twice."""
+    found = index.search(q, k)
+    true = torch.cdist(q.double(), index.codes.mean.double()).sort(1).values[:, :k].float()
+    assert ((found.distances - true).abs() < 1e-4).double().mean() >= share
+    assert all(len(set(row)) == k for row in found.indices.tolist())
+    far = (q[:, None] - index.codes.mean[found.indices]).norm(dim=2)
+    torch.testing.assert_close(found.distances, far, rtol=1e-3, atol=1e-4)
+    ties = found.distances[:, 1:] == found.distances[:, :-1]
+    assert (found.indices[:, 1:] > found.indices[:, :-1])[ties].all()
+    assert (found.distances[:, 1:] >= found.distances[:, :-1]).all()
+    return found
+
+
+@pytest.mark.parametrize(("method", "count", "copies", "share"), [
+    ("hnsw", 100, 100, 0.99), ("hnsw", 500, 1500, 0.99), ("hnsw", 1, 50, 1), ("exact", 500, 1500, 1), ("ivf_pq", 500, 1500, 0.9),
+])  # fmt: skip
+def test_many_equal_codes_hide_no_others(method, count, copies, share, model, digits, tmp_path):
+    if method != "exact":
+        pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    blank = torch.zeros(copies, 1, 28, 28, dtype=torch.uint8)
+    pixels = torch.cat([digits.pixels[:count], blank])[torch.randperm(count + copies, generator=torch.Generator().manual_seed(0))]
+    index = LatentIndex.build(model, pixels, 10_000, method)
+    assert len(index.codes.mean.unique(dim=0)) == count + 1
+    q = torch.cat([index.codes.mean[:100], torch.randn(100, 4, generator=torch.Generator().manual_seed(1))])
+    found = check_against_all_distances(index, q, 10, share)
+    on_blank = index.search(blank[:1], 10).indices[0]
+    assert torch.equal(on_blank, (pixels == 0).flatten(1).all(1).nonzero()[:10, 0])  # all at distance 0: the lowest indices
+    everything = index.search(q[:3], count + copies)
+    assert torch.equal(everything.indices.sort(1).values, torch.arange(count + copies).expand(3, -1))
+    index.save(tmp_path / "a.index")
+    again = LatentIndex.load(tmp_path / "a.index")
+    assert torch.equal(again.search(q, 10).indices, found.indices)
+    again.add(blank[:30])  # the same code once more, and new ones
+    again.add(digits.pixels[600:700], batch_size=10_000)
+    assert len(again) == count + copies + 130
+    check_against_all_distances(again, torch.cat([q, again.codes.mean[-30:]]), 10, share)
+
+
+def test_ivf_pq_counts_distinct_codes(model, digits):
+    pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    with pytest.raises(ValueError, match="images: got 101, expected at least 256 with distinct codes"):
+        LatentIndex.build(model, torch.cat([digits.pixels[:100], torch.zeros_like(digits.pixels[:400])]), method="ivf_pq")
+
+
 def test_without_faiss_the_error_says_how_to_get_it(model, digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="pip install faiss-cpu"):
