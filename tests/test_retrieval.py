@@ -551,6 +551,75 @@ def test_a_folder_gives_its_images_by_name_and_skips_what_is_none(pictures):
         assert folder.skipped["notes.txt"] == "cannot identify image file"
 
 
+LEVELS = np.linspace(0, 65535, 64).reshape(8, 8)
+
+
+def write_levels(path, dtype, scale=1.0):
+    values = (scale * LEVELS).astype(dtype)
+    if path.suffix in (".pgm", ".ppm"):
+        header = f"P{5 if path.suffix == '.pgm' else 6} 8 8 {int(65535 * scale)}\n".encode()
+        path.write_bytes(header + np.repeat(values, 1 if path.suffix == ".pgm" else 3).tobytes())
+    else:
+        Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("name", "dtype", "scale"), [
+    ("a.pgm", ">u2", 1), ("b.pgm", ">u2", 1023 / 65535), ("c.pgm", "u1", 255 / 65535), ("d.ppm", ">u2", 1), ("e.png", "u2", 1),
+    ("f.tif", "u2", 1), ("g.png", "u1", 255 / 65535),
+])  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_levels_of_8_and_16_bits_are_kept(name, dtype, scale, channels, tmp_path):
+    pixels = read_image(write_levels(tmp_path / name, dtype, scale), (channels, 8, 8))
+    expected = torch.from_numpy(LEVELS / 257).expand(channels, 8, 8)
+    assert (pixels.double() - expected).abs().max() <= 1.5
+
+
+@pytest.mark.parametrize(("name", "dtype", "scale", "kind"), [
+    ("a.tif", "i4", 50, "32-bit integers"), ("b.tif", "f4", 1 / 65535, "floating-point numbers"),
+    ("c.tif", "i4", 1 / 257, "32-bit integers"),
+])  # fmt: skip
+def test_levels_of_an_unknown_scale_are_refused_and_counted(name, dtype, scale, kind, pictures):
+    file = write_levels(pictures / name, dtype, scale)
+    message = f"its pixels are {kind} on a scale that is not known, expected 8 or 16 bits"
+    with pytest.raises(ValueError, match=f"path: got .*{name}, expected an image file .{message}"):
+        read_image(file, (1, 8, 8))
+    assert load_folder(pictures, (1, 8, 8)).skipped[name] == message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_are_followed_once_and_broken_ones_are_counted(pictures, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    for name in ("x.png", "deep/y.png"):
+        (elsewhere / name).write_bytes((pictures / "b.png").read_bytes())
+    for name, target in {
+        "a-link": elsewhere, "another": elsewhere, "aloop": pictures, "deep/up": "..", "gone": tmp_path / "nowhere", "itself": "itself",
+        "a-deep": "deep", "file.png": elsewhere / "x.png", ".hidden": elsewhere,
+    }.items():  # fmt: skip
+        (pictures / name).symlink_to(target)
+    folder = load_folder(pictures, (1, 8, 8))
+    assert folder.names == ("a-link/deep/y.png", "a-link/x.png", "b.png", "c.gif", "deep/a.jpg", "file.png")
+    assert {name: reason for name, reason in folder.skipped.items() if "link" in reason} == {
+        "another": "a link to a folder that was read before",
+        "aloop": "a link to a folder that was read before",
+        "deep/up": "a link to a folder that was read before",
+        "a-deep": "a link to a folder that was read before",
+        "gone": "a broken link",
+        "itself": "a broken link",
+    }
+    assert {"broken.png", "notes.txt"} < set(folder.skipped)
+
+
+def test_what_macos_adds_to_a_zip_file_is_left_out_like_hidden_files(pictures):
+    before = load_folder(pictures, (1, 8, 8))
+    (pictures / "__MACOSX" / "deep").mkdir(parents=True)
+    for name in ("__MACOSX/b.png", "__MACOSX/deep/c.png", "__MACOSX/._b.png"):
+        (pictures / name).write_bytes((pictures / "b.png").read_bytes())
+    after = load_folder(pictures, (1, 8, 8))
+    assert (after.names, after.skipped) == (before.names, before.skipped)
+
+
 def test_hidden_files_and_folders_are_left_out_silently(pictures):
     before = load_folder(pictures, (1, 8, 8))
     (pictures / ".thumbnails").mkdir()
