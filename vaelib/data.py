@@ -344,10 +344,11 @@ class ImageFolder(NamedTuple):
 def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     """An image file of any format that Pillow reads, as ``uint8`` (C, H, W): turned upright, resized, cropped to its centre.
 
-    What is transparent shows white behind it.
+    What is transparent shows white behind it. 16 bits per pixel are scaled to 8; 32-bit integers and floating-point numbers are refused,
+    since the file does not say which of them are black and white.
 
     Raises:
-        ValueError: If the file is missing or no whole image, or if `image_shape` asks for other than 1 or 3 channels.
+        ValueError: If the file is missing, no whole image or of such numbers, or if `image_shape` asks for other than 1 or 3 channels.
     """
     from PIL import Image, ImageOps
 
@@ -357,8 +358,12 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # Pillow would clip its 65536 levels at 255
+            wide = image.mode == "I" and file.format in ("PPM", "PNG")  # 16 bits, of which Pillow makes 32
+            if wide or image.mode.startswith("I;16"):  # Pillow would clip the 65536 levels at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+                raise ValueError(f"its pixels are {kind} on a scale that is not known, expected 8 or 16 bits")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -368,10 +373,35 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(fitted)).view(height, width, channels).permute(2, 0, 1).contiguous()
 
 
+def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Each file below a folder, through links too, with "" or the reason why it cannot be read; see `load_folder`."""
+    folders, links, seen = [folder], [], set()  # links come last, so that a folder has the name of its own where it has one
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            identity = folder.stat()
+            if (identity.st_dev, identity.st_ino) in seen:
+                yield folder, "a link to a folder that was read before"
+                continue
+            seen.add((identity.st_dev, identity.st_ino))
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            yield folder, error.strerror or str(error)
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry)
+            elif entry.is_file() or entry.is_symlink():
+                yield entry, "" if entry.is_file() else "a broken link"
+
+
 def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
     """All image files of a folder and its subfolders, sorted by name, see `read_image`; other and broken files are skipped.
 
-    Hidden files and folders (the name begins with a dot) are left out silently.
+    Links are followed, but into no folder twice; broken ones and folders that cannot be read are among the skipped. Hidden files and
+    folders (the name begins with a dot) are left out silently, and so is `__MACOSX`, which zip files of macOS bring along.
 
     Raises:
         ValueError: If `path` is no folder, or no image in it can be read.
@@ -379,9 +409,10 @@ def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
     path, found, skipped, reason = Path(path), {}, {}, "it has no files"
     if not path.is_dir():
         raise ValueError(f"path: got {path}, expected a folder; {'it is a file' if path.exists() else 'there is none'}")
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    for file, problem in sorted(files_below(path)):
         name = file.relative_to(path).as_posix()
-        if any(part.startswith(".") for part in name.split("/")):
+        if problem:
+            skipped[name] = reason = problem
             continue
         try:
             found[name] = read_image(file, image_shape)

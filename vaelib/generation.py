@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vaelib import noise
 from vaelib._validation import check_choice, check_int, check_number, check_pixels, check_seed, describe
 from vaelib.data import ImageSet
 from vaelib.evaluation import kl_per_unit, posterior_means
@@ -32,7 +33,7 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
 
     Args:
         temperature: factor on the prior's standard deviation; below 1 the samples are more typical and less varied.
-        seed: same seed, same images; None draws anew each time.
+        seed: same seed, same images, up to rounding: image i depends on the seed and on i, not on `num_images`. None draws anew each time.
         prior: what z comes from; None is the model's own prior. Else what `fit_mixture` or `fit_second_stage` of `vaelib.priors` gives,
             or any object with a method ``sample(num, temperature, generator)`` that gives z (num, L).
 
@@ -46,7 +47,7 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
     check_number("temperature", temperature)
     generator = None if seed is None else torch.Generator().manual_seed(check_seed("seed", seed))
     if prior is None:
-        eps = temperature * torch.randn(num_images, model.latent_dim, generator=generator)
+        eps = temperature * noise.normal_rows(num_images, model.latent_dim, generator)
         with evaluating(model):
             z = torch.cat([model.sample_prior(part.to(model.device)) for part in eps.split(CHUNK)])
     elif hasattr(prior, "sample"):

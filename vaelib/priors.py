@@ -1,6 +1,7 @@
 """Priors fitted after training: the decoder has met draws of q(z given x), and their distribution over all images is not p(z).
 
-Each is fitted to `posterior_samples` and goes into `generate(model, num_images, prior=...)`.
+Each is fitted to `posterior_samples` and goes into `generate(model, num_images, prior=...)`. With a generator of the same seed sample i
+is the same, up to rounding, whatever the number of samples.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ class MixturePrior(NamedTuple):
 
     def sample(self, num: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """`num` codes (num, L); `temperature` is a factor on the standard deviation of each component."""
-        component = torch.multinomial(self.weights, check_int("num", num), replacement=True, generator=generator)
-        eps = temperature * torch.randn(num, self.means.shape[1], generator=generator)
+        coin, eps = noise.normal_rows(check_int("num", num), 1 + self.means.shape[1], generator).split([1, self.means.shape[1]], dim=1)
+        edges = self.weights.double().cumsum(0)[:-1]
+        component = torch.searchsorted(edges, torch.special.ndtr(coin[:, 0].double()), right=True)
+        eps = temperature * eps
         z = self.means[component]
         for k, root in enumerate(self.roots):
             z[component == k] += eps[component == k] @ root.T
@@ -99,7 +102,7 @@ class SecondStagePrior(NamedTuple):
 
     def sample(self, num: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """`num` codes (num, L); `temperature` is a factor on the standard deviation of u and of z given u."""
-        u, eps = temperature * torch.randn(2, check_int("num", num), len(self.mean), generator=generator)
+        u, eps = (temperature * noise.normal_rows(check_int("num", num), 2 * len(self.mean), generator)).chunk(2, dim=1)
         with evaluating(self.model):
             z: Tensor = self.model.decode(u).flatten(1) + self.model.likelihood.log_scale.exp() * eps  # type: ignore[operator]
         return self.mean + self.std * z

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -53,7 +54,8 @@ def distance_between(p: Posterior, q: Posterior, distance: str) -> Tensor:
     squared, change = (p.mean - q.mean).square(), (p.log_var - q.log_var) / 2
     if distance == "symmetric_kl":
         return (2 * change.sinh().square() + squared * ((-p.log_var).exp() + (-q.log_var).exp()) / 2).sum(-1)
-    log_cosh = torch.logaddexp(change, -change) - math.log(2)
+    large = torch.logaddexp(change, -change) - math.log(2)
+    log_cosh = torch.where(change.abs() < 1, (2 * (change / 2).sinh().square()).log1p(), large)  # near 0 `large` loses its digits
     return (squared / (p.log_var.exp() + q.log_var.exp()) / 4 + log_cosh / 2).sum(-1)
 
 
@@ -351,7 +353,8 @@ class LatentIndex:
     source: dict[str, str]
     method: str
     model_hash: str
-    structure: Any = None  # FAISS's
+    structure: Any = None  # FAISS's, of the distinct codes: many equal ones would cut the graph of HNSW in parts that cannot be reached
+    rows: Any = None  # beside it, int64: the images, those of one code together (N,), and where those of each code start (D,)
 
     @classmethod
     def build(
@@ -414,11 +417,15 @@ class LatentIndex:
             raise ValueError(f"images: got the classes {describe(classes)}, expected those of the index, {describe(self.classes)}")
         if len(names) not in ({0, count} if len(self) == 0 else {count if self.names else 0}):
             raise ValueError(f"names: got {len(names)} for {count} images, expected one for each image of the index, or none at all")
-        if self.method != "exact":
-            self.structure = extended(self.structure, self.method, new.mean)
-        self.source = {} if len(self) else self.source
         device = self.codes.mean.device
-        self.codes = Posterior(*(torch.cat([old, part.to(device)]) for old, part in zip(self.codes, new, strict=True)))
+        codes = Posterior(*(torch.cat([old, part.to(device)]) for old, part in zip(self.codes, new, strict=True)))
+        if self.method != "exact":
+            mean = codes.mean.cpu()
+            self.rows = by_code(mean)
+            first = self.rows[0][self.rows[1]]
+            self.structure = extended(self.structure, self.method, mean[first[first >= len(self)]])
+        self.source = {} if len(self) else self.source
+        self.codes = codes
         self.labels, self.names = torch.cat([self.labels, labels]), (*self.names, *names)
         self.classes = self.classes or classes
 
@@ -452,15 +459,30 @@ class LatentIndex:
             self.structure.hnsw.efSearch = max(check_int("effort", effort), k)
         else:
             self.structure.nprobe = min(check_int("effort", effort), self.structure.nlist)
-        columns = torch.from_numpy(self.structure.search(q.mean.float().cpu().numpy(), wanted)[1]).sort(1).values
-        lacking = columns[:, 0] < 0  # FAISS came upon fewer codes than were wanted
-        distances = exact_distances(q, x, columns.clamp(min=0), distance)
-        order = distances.argsort(dim=1, stable=True)[:, :k]
+        hits = torch.from_numpy(self.structure.search(q.mean.float().cpu().numpy(), min(wanted, self.structure.ntotal))[1])
+        lacking = (hits < 0).any(1)  # FAISS came upon fewer codes than were wanted
+        columns = self._expanded(q, hits.clamp(min=0), k)
+        distances = exact_distances(q, x, columns, distance)
+        order = distances.argsort(dim=1, stable=True)
         found = Neighbours(columns.gather(1, order), distances.gather(1, order))
         if lacking.any():
             for part, exact in zip(found, nearest_neighbours(q.mean[lacking.to(x.mean.device)], x.mean, k), strict=True):
                 part[lacking] = exact
         return found
+
+    def _expanded(self, q: Posterior, hits: Tensor, k: int) -> Tensor:
+        """The images of the distinct codes `hits` (Q, C), nearest codes first, up to k of them: (Q, k), sorted by their indices."""
+        rows, starts = self.rows
+        counts = torch.diff(starts, append=torch.tensor([len(rows)], device="cpu"))
+        hits = hits.sort(1).values  # so that a stable sort leaves ties in the order of their first images
+        distances = exact_distances(q, Posterior(self.codes.mean, None), rows[starts[hits]], "euclidean")  # type: ignore[arg-type]
+        hits = hits.gather(1, distances.argsort(dim=1, stable=True))
+        ends = counts[hits].cumsum(1)
+        place = torch.arange(k, device="cpu").repeat(len(hits), 1)
+        column = torch.searchsorted(ends, place, right=True).clamp(max=hits.shape[1] - 1)  # of the code whose image stands there
+        offset = place - (ends - counts[hits]).gather(1, column)
+        hits = hits.gather(1, column)
+        return rows[starts[hits] + offset.minimum(counts[hits] - 1)].sort(1).values
 
     def save(self, path: str | Path) -> None:
         """Write the index with its model to one safetensors file, whole or not at all.
@@ -478,6 +500,7 @@ class LatentIndex:
         tensors["names"] = torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
         if self.structure is not None:
             tensors["structure"] = torch.from_numpy(faiss().serialize_index(self.structure))
+            tensors["rows"], tensors["starts"] = self.rows
         path = Path(path)
         partial = writable_folder("path", path.parent) / f".{path.name}.partial"
         try:
@@ -517,7 +540,10 @@ class LatentIndex:
             names = tuple(json.loads(bytes(tensors["names"].numpy())))
             classes, method = tuple(about["classes"]), check_choice("method", about["method"], METHODS)
             structure = None if method == "exact" else faiss().deserialize_index(tensors["structure"].numpy())
-            index = cls(model, codes, labels, classes, names, about["source"], method, about["model_hash"], structure)
+            rows = None if structure is None else tuple(tensors[part] for part in ("rows", "starts"))
+            if structure is not None and tuple(map(len, rows)) != (len(labels), structure.ntotal):
+                raise ValueError("its parts are of different sizes")
+            index = cls(model, codes, labels, classes, names, about["source"], method, about["model_hash"], structure, rows)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"path: got {path}, expected an index written by LatentIndex.save ({reason})") from error
@@ -551,8 +577,20 @@ def faiss() -> Any:
     return faiss
 
 
+def by_code(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows, those of equal codes together, and where each distinct code starts among them: (N, L) float32 -> (N,), (D,), on the CPU.
+
+    Both are in order: codes by the first row that has them.
+    """
+    values = np.ascontiguousarray((codes + 0.0).numpy())  # + 0.0: -0 and 0 are one number, with different bits
+    whole = values.view(np.dtype((np.void, values[0].nbytes)))[:, 0]
+    _, first, code = np.unique(whole, return_index=True, return_inverse=True)
+    rows = np.argsort(first[code], kind="stable")
+    return torch.from_numpy(rows), torch.from_numpy(np.flatnonzero(np.isin(rows, first)))
+
+
 def extended(structure: Any, method: str, mean: Tensor) -> Any:
-    """FAISS's structure with the codes (N, L) added; a new one, trained on them, where there is none.
+    """FAISS's structure with the codes (N, L) added, all distinct; a new one, trained on them, where there is none.
 
     HNSW: 32 links, efConstruction 100 (Malkov and Yashunin 2020). IVF-PQ: 4 sqrt(N) lists, one byte for four latents or more
     (Jegou, Douze and Schmid 2011).
@@ -563,7 +601,7 @@ def extended(structure: Any, method: str, mean: Tensor) -> Any:
         structure.hnsw.efConstruction = 100
     elif structure is None:
         if count < 256:
-            raise ValueError(f"images: got {count}, expected at least 256 to train the method 'ivf_pq' on")
+            raise ValueError(f"images: got {count}, expected at least 256 with distinct codes to train the method 'ivf_pq' on")
         pieces = max(m for m in range(1, max(2, width // 4 + 1)) if width % m == 0)
         structure = faiss().index_factory(width, f"IVF{min(4 * math.isqrt(count), count // 40 + 1)},PQ{pieces}x8")
         structure.cp.min_points_per_centroid = structure.pq.cp.min_points_per_centroid = 1  # else it prints advice
