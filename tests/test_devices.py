@@ -144,6 +144,7 @@ def has(images):
 FUNCTIONS = {  # of the modules below: what is called with (model, images)
     "evaluate": lambda m, x: vaelib.evaluate(m, x, 3, 2).as_dict(),
     "log_likelihood": lambda m, x: vaelib.log_likelihood(m, x, 5),
+    "importance_weighted_estimate": lambda m, x: vaelib.importance_weighted_estimate(m, x, 5),
     "annealed_log_likelihood": lambda m, x: evaluation.annealed_log_likelihood(m, x[:5], 3, 2, leapfrog_steps=2),
     "refine_posterior": lambda m, x: evaluation.refine_posterior(m, (x.to(m.device).pixels > 127).float(), 3),
     "inference_gaps": lambda m, x: evaluation.inference_gaps(m, x[:5], 4, 3),

@@ -98,9 +98,34 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     Raises:
         ValueError: Unless log_weights has two axes and at least one sample.
     """
+    check_log_weights(log_weights)
+    return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """How many of K draws count, (sum of w)^2 / sum of w^2: (K, N) -> (N,), from 1 to K.
+
+    K where all weights are equal, 1 where one draw has everything. Kong, Liu and Wong 1994.
+
+    Args:
+        log_weights: as for `importance_weighted_bound`; a constant added to them changes nothing.
+
+    Raises:
+        ValueError: Unless log_weights has two axes and at least one sample.
+
+    Example:
+        >>> import torch, vaelib
+        >>> vaelib.effective_sample_size(torch.tensor([[3.0], [1.0], [0.0]]).log())
+        tensor([1.6000])
+    """
+    check_log_weights(log_weights)
+    return 1 / log_weights.softmax(0).square().sum(0)
+
+
+def check_log_weights(log_weights: Tensor) -> None:
+    """ValueError unless log_weights has shape (K, N) with K >= 1."""
     if log_weights.dim() != 2 or len(log_weights) == 0:
         raise ValueError(f"log_weights: got {describe(log_weights)}, expected shape (K, N) with K >= 1")
-    return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
 
 
 def doubly_reparameterized_bound(log_likelihood: Tensor, z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
