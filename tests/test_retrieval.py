@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch.distributions import Independent, Normal, kl_divergence
@@ -896,3 +896,28 @@ def test_neighbours_of_a_digit_are_mostly_its_own_class(real_data, model):
     q, x = (images.pixels[:1000].flatten(1).float() for images in (test, train))
     found = train.labels[:1000][nearest_neighbours(q, x, 5).indices]
     assert knn_accuracy(found, test.labels[:1000]).mean() > 0.8
+
+
+def test_a_query_that_found_its_k_is_not_searched_again(model, digits, monkeypatch):
+    pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    index = LatentIndex.build(model, digits, method="ivf_pq")
+    lists = len(index) / index.structure.nlist
+    assert lists < 100  # a list has fewer codes than the 100 candidates that are wanted for k = 10, and more than 2
+    exact = nearest_neighbours(index.codes.mean[:200], index.codes.mean, 2).indices
+    searched = []
+    monkeypatch.setattr("vaelib.retrieval.nearest_neighbours", lambda q, x, k: searched.append(len(q)) or nearest_neighbours(q, x, k))
+    found = index.search(index.codes.mean[:200], k=2, effort=1)
+    assert sum(searched) <= 20
+    assert (found.indices == exact).double().mean() > 0.5  # what one list has
+    assert index.search(index.codes.mean[:3], k=len(index), effort=1).indices.shape == (3, len(index))
+    assert sum(searched) >= 3  # nobody has that many in one list
+
+
+def test_a_file_whose_structure_has_every_code_is_read(model, digits, tmp_path):
+    pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    index = LatentIndex.build(model, digits.pixels[:300], method="hnsw")
+    index.save(tmp_path / "index")
+    tensors, about = load_file(tmp_path / "index"), safe_open(tmp_path / "index", "pt").metadata()
+    save_file({name: value for name, value in tensors.items() if name not in ("rows", "starts")}, tmp_path / "old", about)
+    for part, same in zip(LatentIndex.load(tmp_path / "old").search(digits.pixels[:9], 5), index.search(digits.pixels[:9], 5), strict=True):
+        assert torch.equal(part, same)

@@ -460,8 +460,7 @@ class LatentIndex:
         else:
             self.structure.nprobe = min(check_int("effort", effort), self.structure.nlist)
         hits = torch.from_numpy(self.structure.search(q.mean.float().cpu().numpy(), min(wanted, self.structure.ntotal))[1])
-        lacking = (hits < 0).any(1)  # FAISS came upon fewer codes than were wanted
-        columns = self._expanded(q, hits.clamp(min=0), k)
+        columns, lacking = self._expanded(q, hits, k)
         distances = exact_distances(q, x, columns, distance)
         order = distances.argsort(dim=1, stable=True)
         found = Neighbours(columns.gather(1, order), distances.gather(1, order))
@@ -470,19 +469,23 @@ class LatentIndex:
                 part[lacking] = exact
         return found
 
-    def _expanded(self, q: Posterior, hits: Tensor, k: int) -> Tensor:
-        """The images of the distinct codes `hits` (Q, C), nearest codes first, up to k of them: (Q, k), sorted by their indices."""
+    def _expanded(self, q: Posterior, hits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The images of the distinct codes `hits` (Q, C), -1 where FAISS came upon no more, nearest codes first, up to k of them.
+
+        Returns:
+            The images (Q, k), sorted by their indices, and which queries lack some of their k, bool (Q,).
+        """
         rows, starts = self.rows
         counts = torch.diff(starts, append=torch.tensor([len(rows)], device="cpu"))
         hits = hits.sort(1).values  # so that a stable sort leaves ties in the order of their first images
-        distances = exact_distances(q, Posterior(self.codes.mean, None), rows[starts[hits]], "euclidean")  # type: ignore[arg-type]
-        hits = hits.gather(1, distances.argsort(dim=1, stable=True))
-        ends = counts[hits].cumsum(1)
+        distances = exact_distances(q, Posterior(self.codes.mean, None), rows[starts[hits.clamp(min=0)]], "euclidean")  # type: ignore[arg-type]
+        hits = hits.gather(1, distances.masked_fill(hits < 0, torch.inf).argsort(dim=1, stable=True))
+        held = counts[hits.clamp(min=0)].masked_fill(hits < 0, 0)  # images of each code
+        ends = held.cumsum(1)
         place = torch.arange(k, device="cpu").repeat(len(hits), 1)
         column = torch.searchsorted(ends, place, right=True).clamp(max=hits.shape[1] - 1)  # of the code whose image stands there
-        offset = place - (ends - counts[hits]).gather(1, column)
-        hits = hits.gather(1, column)
-        return rows[starts[hits] + offset.minimum(counts[hits] - 1)].sort(1).values
+        offset = (place - (ends - held).gather(1, column)).minimum(held.gather(1, column) - 1).clamp(min=0)
+        return rows[starts[hits.gather(1, column).clamp(min=0)] + offset].sort(1).values, ends[:, -1] < k
 
     def save(self, path: str | Path) -> None:
         """Write the index with its model to one safetensors file, whole or not at all.
@@ -540,7 +543,8 @@ class LatentIndex:
             names = tuple(json.loads(bytes(tensors["names"].numpy())))
             classes, method = tuple(about["classes"]), check_choice("method", about["method"], METHODS)
             structure = None if method == "exact" else faiss().deserialize_index(tensors["structure"].numpy())
-            rows = None if structure is None else tuple(tensors[part] for part in ("rows", "starts"))
+            every = torch.arange(len(labels), device="cpu")  # a file of version 0.1.0 has each image's code in the structure
+            rows = tuple(tensors.get(part, every) for part in ("rows", "starts"))
             if structure is not None and tuple(map(len, rows)) != (len(labels), structure.ntotal):
                 raise ValueError("its parts are of different sizes")
             index = cls(model, codes, labels, classes, names, about["source"], method, about["model_hash"], structure, rows)
