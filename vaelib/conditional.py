@@ -76,7 +76,7 @@ class ConditionalVAE(VAE):
         low, high = (labels, labels) if isinstance(labels, int) else (int(labels.min()), int(labels.max()))
         if low < 0 or high >= self.num_classes:
             raise ValueError(f"labels: got {low if low < 0 else high}, expected labels from 0 to {self.num_classes - 1}")
-        return torch.tensor([labels]) if isinstance(labels, int) else labels
+        return torch.tensor([labels], device="cpu") if isinstance(labels, int) else labels
 
     def forward(  # type: ignore[override]
         self, x: Tensor, eps: Tensor | None = None, labels: Tensor | None = None, objective: str = "elbo"

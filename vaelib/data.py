@@ -178,7 +178,7 @@ def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple
     check_seed("seed", seed)
     if valid_size >= len(images):
         raise ValueError(f"valid_size: got {valid_size}, expected less than the {len(images)} images there are")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.pixels.device)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu").to(images.pixels.device)
     return images[order[valid_size:]], images[order[:valid_size]]
 
 
@@ -270,11 +270,11 @@ def _read(name: str, split: str, root: Path) -> ImageSet:
     if name == "cifar10":
         cifar = CIFAR10(str(root), train=train)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-        return ImageSet(pixels, torch.tensor(cifar.targets), CIFAR, name)
+        return ImageSet(pixels, torch.tensor(cifar.targets, device="cpu"), CIFAR, name)
     if name == "binarized-mnist":
         bits = np.unpackbits(np.load(root / f"BinarizedMNIST/binarized_mnist_{split}.npy"), axis=1)
         pixels = torch.from_numpy(255 * np.ascontiguousarray(bits)).view(-1, 1, 28, 28)
-        return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("digit",), name)
+        return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64, device="cpu"), ("digit",), name)
     # The idx files themselves: torchvision would prefer a `processed` folder of its earlier versions, which nobody has checked.
     images_file, labels_file = list(CHECKSUMS[name])[:2] if train else list(CHECKSUMS[name])[2:]
     pixels = torch.from_numpy(np.fromfile(root / images_file, np.uint8)[16:].reshape(-1, 1, 28, 28))
@@ -304,19 +304,19 @@ def _shapes(split: str) -> ImageSet:
     """
     count, seed = (4096, 1) if split == "train" else (1024, 2)
     generator = torch.Generator().manual_seed(seed)
-    kind = torch.randint(0, 3, (count,), generator=generator)
-    x, y, size, hue = torch.rand(4, count, generator=generator, dtype=torch.float64)
+    kind = torch.randint(0, 3, (count,), generator=generator, device="cpu")
+    x, y, size, hue = torch.rand(4, count, generator=generator, dtype=torch.float64, device="cpu")
     size = 5 + 5 * size  # half the width, in pixels
     x, y = (size + 1) + x * (30 - 2 * size), (size + 1) + y * (30 - 2 * size)
-    axis = torch.arange(32, dtype=torch.float64) + 0.5
+    axis = torch.arange(32, dtype=torch.float64, device="cpu") + 0.5
     across, down = axis - x[:, None, None], axis[:, None] - y[:, None, None]  # (N, 1, 32), (N, 32, 1)
     radius = size[:, None, None]
     circle = (across**2 + down**2).sqrt() - radius
     square = torch.maximum(across.abs(), down.abs()) - 0.85 * radius
     triangle = torch.maximum(0.894 * across.abs() - 0.447 * down - 0.447 * radius, down - 0.85 * radius)
-    distance = torch.stack([circle, square, triangle.expand_as(circle)])[kind, torch.arange(count)]  # (N, 32, 32), in pixels
+    distance = torch.stack([circle, square, triangle.expand_as(circle)])[kind, torch.arange(count, device="cpu")]  # (N, 32, 32), in pixels
     cover = (0.5 - distance).clamp(0, 1)[:, None]
-    phase = (6 * hue[:, None] + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64)) % 6  # (N, 3): hue to RGB, full saturation
+    phase = (6 * hue[:, None] + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64, device="cpu")) % 6  # (N, 3): hue to RGB, full saturation
     colour = ((phase - 3).abs() - 1).clamp(0, 1)[:, :, None, None]
     pixels = (255 * (0.08 + cover * (0.2 + 0.72 * colour))).round().to(torch.uint8)
     factors = torch.stack([kind.double(), x, y, size, hue], dim=1).float()
@@ -326,7 +326,7 @@ def _shapes(split: str) -> ImageSet:
 def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name: str = "images") -> ImageSet:
     """Wrap a ``uint8`` tensor (N, C, H, W) of your own; without labels all are 0."""
     check_pixels("pixels", pixels)
-    codes = torch.zeros(len(pixels), dtype=torch.int64) if labels is None else torch.as_tensor(labels)
+    codes = torch.as_tensor([0] * len(pixels) if labels is None else labels, device=pixels.device)
     if codes.is_floating_point() or codes.numel() == 0 or codes.min() < 0:
         raise ValueError(f"labels: got {describe(labels)}, expected whole numbers of at least 0")
     codes = codes.long()

@@ -111,7 +111,7 @@ def binarize_by_bits(pixels: Tensor, generator: torch.Generator | None = None) -
     Four pixels share one int64 draw, 16 bits each; 257 * pixel is pixel / 255 on the scale of 65535. That the largest of the
     65536 values is lowered by one makes 255 exact, and changes no other pixel.
     """
-    bits = torch.empty((pixels.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = torch.empty((pixels.numel() + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
     bits = bits.view(torch.int16)[: pixels.numel()].view(pixels.shape).clamp_(max=32766)
     return bits.lt_(pixels.short().mul_(257).sub_(32768)).float()
 

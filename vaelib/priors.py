@@ -138,8 +138,8 @@ def fit_second_stage(
     optimizer = torch.optim.Adam(stage.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // 100))
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator).split(100):
-            eps = torch.randn(1, len(batch), model.latent_dim, generator=generator)
+        for batch in torch.randperm(len(x), generator=generator, device="cpu").split(100):
+            eps = torch.randn(1, len(batch), model.latent_dim, generator=generator, device="cpu")
             optimizer.zero_grad()
             loss(stage(x[batch].to(model.device), eps.to(model.device))).backward()
             optimizer.step()

@@ -131,10 +131,10 @@ def query_side(q: Posterior, distance: str) -> tuple[Tensor, Tensor]:
     if distance == "euclidean":
         return with_column(-2 * q.mean.float(), 1), q.mean.double().square().sum(1)
     if distance == "cosine":
-        return with_column(-normalize(q.mean.float(), dim=1), 1), torch.ones(len(q.mean))
+        return with_column(-normalize(q.mean.float(), dim=1), 1), torch.ones(len(q.mean), device="cpu")
     mean, log_var = q.mean.double(), q.log_var.double()  # products of precisions are too wide for float32
     if distance == "bhattacharyya":
-        return with_column(torch.cat([mean, log_var], 1), 1), torch.zeros(len(mean))
+        return with_column(torch.cat([mean, log_var], 1), 1), torch.zeros(len(mean), device="cpu")
     precision = (-log_var).exp()
     phi = torch.cat([(log_var.exp() + mean**2) / 2, precision / 2, -mean, -mean * precision], 1)
     return with_column(phi, 1), (mean**2 * precision).sum(1) / 2 - mean.shape[1]
@@ -267,7 +267,7 @@ def average_precision(
         parts = [scores(phi, psi, distance) for _, psi, _ in database_sides(x, distance, block)]
         ranking = torch.cat(parts).T.argsort(dim=1, stable=True).cpu()
         hits = labels[ranking] == query_labels[rows, None]
-        precision = hits.cumsum(1).double() / torch.arange(1, len(labels) + 1)
+        precision = hits.cumsum(1).double() / torch.arange(1, len(labels) + 1, device="cpu")
         result.append((precision * hits).sum(1) / relevant[rows])
     return torch.cat(result)
 
@@ -286,9 +286,9 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, num_resamples: int =
     if not 0 < check_number("level", level) < 1:
         raise ValueError(f"level: got {level}, expected a share between 0 and 1")
     generator = torch.Generator().manual_seed(check_seed("seed", seed))
-    draws = (torch.randint(len(values), values.shape, generator=generator) for _ in range(check_int("num_resamples", num_resamples)))
-    means = torch.stack([values[draw].double().mean() for draw in draws])
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    values, shape = values.cpu().double(), (check_int("num_resamples", num_resamples), *values.shape)
+    means = torch.stack([values[torch.randint(len(values), shape[1:], generator=generator, device="cpu")].mean() for _ in range(shape[0])])
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")).tolist()
     return low, high
 
 
@@ -380,8 +380,8 @@ class LatentIndex:
         check_choice("method", method, METHODS)
         if model.needs_labels:
             raise ValueError("model: got a conditional VAE, expected one that encodes without labels")
-        codes = Posterior(torch.empty(0, model.latent_dim), torch.empty(0, model.latent_dim))
-        index = cls(model, codes, torch.empty(0, dtype=torch.int64), (), (), source or {}, method, fingerprint(model))
+        codes = Posterior(*torch.empty(2, 0, model.latent_dim, device="cpu"))
+        index = cls(model, codes, torch.empty(0, dtype=torch.int64, device="cpu"), (), (), source or {}, method, fingerprint(model))
         index.add(images, names, batch_size)
         return index
 
@@ -412,7 +412,7 @@ class LatentIndex:
         new = self._encode(images, batch_size)
         count = len(new.mean)
         classes = images.classes if isinstance(images, ImageSet) else ()
-        labels = images.labels.cpu() if isinstance(images, ImageSet) else torch.full((count,), -1)
+        labels = images.labels.cpu() if isinstance(images, ImageSet) else torch.full((count,), -1, device="cpu")
         if self.classes and classes and self.classes != classes:
             raise ValueError(f"images: got the classes {describe(classes)}, expected those of the index, {describe(self.classes)}")
         if len(names) not in ({0, count} if len(self) == 0 else {count if self.names else 0}):
