@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +21,20 @@ def describe(value: Any) -> str:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def plain(value: Any) -> Any:
+    """The same with NumPy's numbers as Python's own, within dicts, lists and tuples too: what JSON and checkpoints take."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with a leading ~ expanded; every path that the library is given goes through here."""
+    return Path(os.path.expanduser(path))  # pathlib's raises where ~name is no user, and so may be a file
 
 
 def check_choice(argument: str, value: Any, options: Iterable[Any]) -> Any:
@@ -30,10 +48,17 @@ def check_choice(argument: str, value: Any, options: Iterable[Any]) -> Any:
 
 
 def check_int(argument: str, value: Any, minimum: int = 1) -> int:
-    """`value` as an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    """`value` as an int of at least `minimum`; NumPy's integers are welcome."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise ValueError(f"{argument}: got {describe(value)}, expected an integer of at least {minimum}")
-    return value
+    return int(value)
+
+
+def check_flag(argument: str, value: Any) -> bool:
+    """`value` as a bool; NumPy's is welcome."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{argument}: got {describe(value)}, expected True or False")
+    return bool(value)
 
 
 def check_seed(argument: str, value: Any) -> int:
@@ -45,8 +70,8 @@ def check_seed(argument: str, value: Any) -> int:
 
 
 def check_number(argument: str, value: Any, minimum: float = 0.0, *, exclusive: bool = False) -> float:
-    """`value` as a finite float, at least `minimum` (above it where `exclusive`)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """`value` as a finite float, at least `minimum` (above it where `exclusive`); NumPy's numbers are welcome."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < minimum or (exclusive and value == minimum):
         bound = f"above {minimum}" if exclusive else f"of at least {minimum}"
         raise ValueError(f"{argument}: got {describe(value)}, expected a finite number {bound}")

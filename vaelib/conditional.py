@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelib._validation import check_image_shape, check_int, describe
+from vaelib._validation import check_image_shape, check_int, describe, plain
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import MLPDecoder, MLPEncoder
 from vaelib.objectives import ElboTerms
@@ -70,6 +70,7 @@ class ConditionalVAE(VAE):
 
     def check_labels(self, labels: int | Tensor) -> Tensor:
         """The labels as an int64 tensor (N,); ValueError unless all are labels of this model."""
+        labels = plain(labels)
         single = isinstance(labels, int) and not isinstance(labels, bool)
         if not single and not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1 and len(labels)):
             raise ValueError(f"labels: got {describe(labels)}, expected an integer or an int64 tensor of shape (N,)")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_choice, check_image_shape, check_int, check_pixels, check_seed, describe
+from vaelib._validation import as_path, check_choice, check_image_shape, check_int, check_pixels, check_seed, describe
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -125,7 +125,7 @@ class ImageSet:
 def data_folder() -> Path:
     """Where the real data sets live: `$VAELIB_DATA`, or `vaelib` in the user's cache folder."""
     if folder := os.environ.get("VAELIB_DATA"):
-        return Path(folder).expanduser()
+        return as_path(folder)
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("vaelib", appauthor=False))
@@ -163,7 +163,7 @@ def load_images(name: str, split: str = "train", root: str | Path | None = None,
         return _digits(split)
     if name == "shapes":
         return _shapes(split)
-    root = data_folder() if root is None else Path(root).expanduser()
+    root = data_folder() if root is None else as_path(root)
     _fetch(name, root, download)
     return _read(name, split, root)
 
@@ -174,8 +174,8 @@ def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple
     Raises:
         ValueError: If `valid_size` leaves no image on either side.
     """
-    check_int("valid_size", valid_size)
-    check_seed("seed", seed)
+    valid_size = check_int("valid_size", valid_size)
+    seed = check_seed("seed", seed)
     if valid_size >= len(images):
         raise ValueError(f"valid_size: got {valid_size}, expected less than the {len(images)} images there are")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu").to(images.pixels.device)
@@ -190,8 +190,7 @@ def minibatches(
     Every image comes exactly once: the last, smaller batch counts. The first `skip` batches are left out. With the `field`
     ``"labels"`` the labels (B,) come instead: from a generator of the same seed, those of the same images.
     """
-    check_int("batch_size", batch_size)
-    check_int("skip", skip, minimum=0)
+    batch_size, skip = check_int("batch_size", batch_size), check_int("skip", skip, minimum=0)
     values = getattr(images, check_choice("field", field, ("pixels", "labels")))
     if generator is None:
         yield from values.split(batch_size)[skip:]
@@ -356,7 +355,7 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     if channels not in (1, 3):
         raise ValueError(f"image_shape: got {channels} channels, expected 1 (grey) or 3 (RGB) for an image file")
     try:
-        with Image.open(path) as file:
+        with Image.open(as_path(path)) as file:
             image = ImageOps.exif_transpose(file)
             wide = image.mode == "I" and file.format in ("PPM", "PNG")  # 16 bits, of which Pillow makes 32
             if wide or image.mode.startswith("I;16"):  # Pillow would clip the 65536 levels at 255
@@ -375,7 +374,8 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
 
 def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
     """Each file below a folder, through links too, with "" or the reason why it cannot be read; see `load_folder`."""
-    folders, links, seen = [folder], [], set()  # links come last, so that a folder has the name of its own where it has one
+    links: list[Path] = []
+    folders, seen = [folder], set()  # links are followed last, so that a folder has the name of its own where it has one
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
         try:
@@ -406,7 +406,7 @@ def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
     Raises:
         ValueError: If `path` is no folder, or no image in it can be read.
     """
-    path, found, skipped, reason = Path(path), {}, {}, "it has no files"
+    path, found, skipped, reason = as_path(path), {}, {}, "it has no files"
     if not path.is_dir():
         raise ValueError(f"path: got {path}, expected a folder; {'it is a file' if path.exists() else 'there is none'}")
     for file, problem in sorted(files_below(path)):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vaelib import noise
-from vaelib._validation import check_int, check_number
+from vaelib._validation import check_int, check_number, plain
 from vaelib.data import ImageSet
 from vaelib.likelihoods import bits_per_dim
 from vaelib.objectives import gaussian_kl, gaussian_log_density
@@ -53,7 +53,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
-        return asdict(self)
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
 
 def standard_error(values: Tensor) -> float:
@@ -111,8 +112,7 @@ def log_likelihood(
     Raises:
         ValueError: If the model's score is no likelihood.
     """
-    check_int("num_samples", num_samples)
-    check_int("sample_batch", sample_batch)
+    num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
     estimates = []
     with evaluating(model):
@@ -306,8 +306,7 @@ def inference_gaps(
     Raises:
         ValueError: If the model's score is no likelihood, or its prior is not N(0, I) in one piece.
     """
-    check_int("num_samples", num_samples)
-    check_int("sample_batch", sample_batch)
+    num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
     chunks = []
     with evaluating(model):
@@ -399,7 +398,7 @@ def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2
             for kept, value in zip(drawn, (*posterior, z), strict=True):
                 kept.append(value[0].cpu().double())
     mean, log_var, z = (torch.cat(kept) for kept in drawn)
-    chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed), device="cpu")[: check_int("num_draws", num_draws)]
+    chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(int(seed)), device="cpu")[: check_int("num_draws", num_draws)]
     precision = (-log_var).exp()
     constant = (mean.square() * precision + log_var).sum(1) + model.latent_dim * math.log(2 * math.pi)  # (N,)
     own, marginal, under_prior = [], [], []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vaelib import noise
-from vaelib._validation import check_int
+from vaelib._validation import check_int, check_seed
 from vaelib.data import ImageSet
 from vaelib.objectives import loss
 from vaelib.vae import VAE, evaluating, given_labels, mlp_vae
@@ -126,7 +126,7 @@ def fit_second_stage(
     Raises:
         ValueError: If the model has more than 1024 latent dimensions, or there are fewer than two images.
     """
-    check_int("epochs", epochs)
+    epochs, seed = check_int("epochs", epochs), check_seed("seed", seed)
     codes = codes_to_fit(model, images, seed, 2)
     mean, std = codes.mean(0), codes.std(0).clamp(min=1e-6)
     x = ((codes - mean) / std)[:, :, None, None]  # (N, L, 1, 1)

@@ -133,7 +133,7 @@ def manifold_scores(real: Tensor, fake: Tensor, k: int = 5, block: int = 1000) -
         ValueError: For bad features, or k not below the number of features of each set.
     """
     real, fake = check_features(real=real, fake=fake)
-    check_int("block", block)
+    block = check_int("block", block)
     if check_int("k", k) >= min(len(real), len(fake)):
         raise ValueError(f"k: got {k}, expected less than the number of features, {min(len(real), len(fake))} in the smaller set")
     centre = real.mean(0)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import conv2d, normalize
 
-from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
+from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed, describe
 from vaelib.data import ImageSet
 from vaelib.evaluation import posteriors
 from vaelib.storage import build, signature, writable_folder, write_tensors
@@ -482,7 +482,8 @@ class LatentIndex:
         column = torch.searchsorted(ends, place, right=True).clamp(max=hits.shape[1] - 1)  # of the code whose image stands there
         offset = place - (ends - counts[hits]).gather(1, column)
         hits = hits.gather(1, column)
-        return rows[starts[hits] + offset.minimum(counts[hits] - 1)].sort(1).values
+        columns: Tensor = rows[starts[hits] + offset.minimum(counts[hits] - 1)].sort(1).values
+        return columns
 
     def save(self, path: str | Path) -> None:
         """Write the index with its model to one safetensors file, whole or not at all.
@@ -501,7 +502,7 @@ class LatentIndex:
         if self.structure is not None:
             tensors["structure"] = torch.from_numpy(faiss().serialize_index(self.structure))
             tensors["rows"], tensors["starts"] = self.rows
-        path = Path(path)
+        path = as_path(path)
         partial = writable_folder("path", path.parent) / f".{path.name}.partial"
         try:
             write_tensors(partial, tensors, {"index": json.dumps(about)})
@@ -520,8 +521,9 @@ class LatentIndex:
         Raises:
             ValueError: If the file is broken, no index or of another version, or was made with another model.
         """
+        path = as_path(path)
         try:
-            if Path(path).is_dir():
+            if path.is_dir():
                 raise ValueError("it is a folder")
             with safe_open(path, "pt") as file:
                 if "index" not in (metadata := file.metadata() or {}):
@@ -540,7 +542,7 @@ class LatentIndex:
             names = tuple(json.loads(bytes(tensors["names"].numpy())))
             classes, method = tuple(about["classes"]), check_choice("method", about["method"], METHODS)
             structure = None if method == "exact" else faiss().deserialize_index(tensors["structure"].numpy())
-            rows = None if structure is None else tuple(tensors[part] for part in ("rows", "starts"))
+            rows = () if structure is None else (tensors["rows"], tensors["starts"])
             if structure is not None and tuple(map(len, rows)) != (len(labels), structure.ntotal):
                 raise ValueError("its parts are of different sizes")
             index = cls(model, codes, labels, classes, names, about["source"], method, about["model_hash"], structure, rows)
@@ -562,7 +564,7 @@ class LatentIndex:
 def is_index(path: str | Path) -> bool:
     """Whether the file is one that `LatentIndex.save` wrote, by its header."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(as_path(path), "pt") as file:
             return "index" in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False

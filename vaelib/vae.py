@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import noise
-from vaelib._validation import check_image_shape, check_int, check_observation, check_pixels, check_same_shape, describe
+from vaelib._validation import check_image_shape, check_int, check_observation, check_pixels, check_same_shape, describe, plain
 from vaelib.data import ImageSet
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
@@ -82,7 +82,7 @@ class VAE(nn.Module):
         self.image_shape = check_image_shape("image_shape", image_shape)
         self.latent_shape = check_latent_dim(latent_dim)
         self.latent_dim = math.prod(self.latent_shape)
-        self.config = config
+        self.config = plain(config)
 
     @property
     def device(self) -> torch.device:
@@ -259,8 +259,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (x, keys) on the model's device; an image's x and its key don't depend on the chunk that it is in."""
     check_pixels("pixels", pixels, model.image_shape)
-    check_int("batch_size", batch_size)
-    for chunk in pixels.split(batch_size):
+    for chunk in pixels.split(check_int("batch_size", batch_size)):
         chunk = chunk.to(model.device)
         keys = noise.image_keys(chunk, seed)
         uniform = noise.uniform_noise(keys, chunk.shape[1:], noise.OBSERVE)
@@ -379,7 +378,7 @@ def conv_vae(
     config = {
         "model": "conv",
         "image_shape": list(image_shape),
-        "latent_dim": latent_dim if isinstance(latent_dim, int) else list(latent_dim),
+        "latent_dim": list(latent_dim) if isinstance(latent_dim, Sequence) else latent_dim,
         "likelihood": likelihood.config,
         "channels": list(channels),
         "residual_blocks": residual_blocks,
