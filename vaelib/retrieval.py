@@ -274,11 +274,22 @@ def average_precision(
 
 def check_relevant(query_labels: Tensor, labels: Tensor) -> Tensor:
     """How many of the database's images have the class of each query: (Q,), at least 1."""
+    for argument, value in (("query_labels", query_labels), ("labels", labels)):
+        check_classes(argument, value)
     relevant = torch.bincount(labels, minlength=int(query_labels.max()) + 1)[query_labels]
     if not relevant.all():
         missing = query_labels[relevant == 0][0].item()
         raise ValueError(f"query_labels: got class {missing}, expected classes that some image of the database has")
     return relevant
+
+
+def check_classes(argument: str, value: Any, dim: int = 1) -> Tensor:
+    """`value` if it is an int64 tensor of class numbers, none of them the -1 of an image without a label."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != dim or value.numel() == 0:
+        raise ValueError(f"{argument}: got {describe(value)}, expected the numbers of classes, an int64 tensor with {dim} axes")
+    if value.min() < 0:
+        raise ValueError(f"{argument}: got {int((value < 0).sum())} images without a label (-1), expected a class for each")
+    return value
 
 
 def bootstrap_interval(values: Tensor, level: float = 0.95, num_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -302,9 +313,15 @@ def score_retrieval(
         query_labels: (Q,).
         labels: of the database, (N,).
         per_query: more scores (Q,) by name, such as ``mean_average_precision=average_precision(...)``.
+
+    Raises:
+        ValueError: For k above the number of neighbours, or labels that are no numbers of classes, -1 for want of one, or all the same.
     """
-    if check_int("k", k) > found.shape[1]:
+    check_classes("query_labels", query_labels), check_classes("labels", labels)
+    if check_int("k", k) > check_classes("found", found, 2).shape[1]:
         raise ValueError(f"k: got {k}, expected at most the {found.shape[1]} neighbours that were found")
+    if (labels == labels[0]).all():
+        raise ValueError(f"labels: got class {int(labels[0])} for all images, expected several: of one class all that is found is right")
     found = found[:, :k]
     per_query["precision_at_k"] = precision_at_k(found, query_labels)
     per_query["recall_at_k"] = recall_at_k(found, query_labels, labels)
@@ -411,8 +428,9 @@ class LatentIndex:
         """
         new = self._encode(images, batch_size)
         count = len(new.mean)
-        classes = images.classes if isinstance(images, ImageSet) else ()
-        labels = images.labels.cpu() if isinstance(images, ImageSet) else torch.full((count,), -1, device="cpu")
+        labelled = isinstance(images, ImageSet) and images.labelled
+        classes = images.classes if labelled else ()  # type: ignore[union-attr]
+        labels = images.labels.cpu() if labelled else torch.full((count,), -1, device="cpu")  # type: ignore[union-attr]
         if self.classes and classes and self.classes != classes:
             raise ValueError(f"images: got the classes {describe(classes)}, expected those of the index, {describe(self.classes)}")
         if len(names) not in ({0, count} if len(self) == 0 else {count if self.names else 0}):
