@@ -1,19 +1,22 @@
 """What users hand over: NumPy's numbers, paths with a ~, and the checks that all modules share."""
 
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vaelib
-from vaelib import _validation, likelihoods, priors, storage
+from vaelib import _validation, cli, likelihoods, priors, storage
 from vaelib.data import load_folder, read_image
 from vaelib.evaluation import active_units, annealed_log_likelihood
+from vaelib.generation import class_means
 from vaelib.ledger import record
-from vaelib.plotting import show_images
-from vaelib.retrieval import LatentIndex, bootstrap_interval, is_index
+from vaelib.plotting import latent_scatter, show_images, training_curves
+from vaelib.retrieval import LatentIndex, average_precision, bootstrap_interval, is_index, score_retrieval
 
 SHAPE = (np.int64(1), np.int32(8), np.uint8(8))
 MODELS = {
@@ -100,6 +103,159 @@ def test_numpy_s_numbers_do_where_functions_take_numbers(digits):
     (lambda: vaelib.train_valid_split(vaelib.load_images("digits"), 3, np.uint64(2**63)), "seed: got .* expected an integer below"),
 ])  # fmt: skip
 def test_other_values_of_numpy_are_refused_in_words(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# What a user hands in as images.
+
+
+@pytest.fixture
+def binary(digits):
+    """Digits of 0 and 1 only, on the wrong scale."""
+    return (digits.pixels[:50] >= 128).to(torch.uint8)
+
+
+MESSAGE = "pixels: got levels of 0 and 1 only, expected 0..255, where 255 is white; multiply them by 255 if 1 is white"
+
+
+@pytest.mark.parametrize("hand_in", [
+    lambda model, pixels: vaelib.image_set(pixels),
+    lambda model, pixels: vaelib.ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("a",)),
+    lambda model, pixels: vaelib.heldout_elbo(model, pixels),
+    lambda model, pixels: vaelib.log_likelihood(model, pixels, 2),
+    lambda model, pixels: vaelib.posterior_means(model, pixels),
+    lambda model, pixels: vaelib.reconstruct(model, pixels),
+    lambda model, pixels: LatentIndex.build(model, pixels),
+])  # fmt: skip
+def test_pixels_of_0_and_1_are_warned_of_where_they_are_handed_in(hand_in, small_vae, binary):
+    with pytest.warns(UserWarning, match="pixels") as caught:
+        hand_in(small_vae, binary)
+    assert [str(warning.message) for warning in caught] == [MESSAGE]
+    assert caught[0].filename == __file__  # the user's line, not one of the library
+
+
+def test_the_warning_comes_once_for_a_set_and_all_that_is_done_with_it(small_vae, binary):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train, valid = vaelib.train_valid_split(vaelib.image_set(binary).to("cpu"), 10)
+        vaelib.fit(small_vae, train, valid[:5], vaelib.TrainConfig(2, 10, progress=False, device="cpu"))
+        vaelib.evaluate(small_vae, valid, 2)
+    assert [str(warning.message) for warning in caught] == [MESSAGE]
+
+
+@pytest.mark.parametrize("levels", [1 / 15, 1 / 16])
+def test_a_set_of_sixteen_levels_or_so_is_warned_of(levels, digits):
+    with pytest.warns(UserWarning, match=f"pixels: got levels of at most {round(1 / levels)}, expected 0..255"):
+        vaelib.image_set((digits.pixels[:50] / 255 / levels).round().to(torch.uint8))
+
+
+@pytest.mark.filterwarnings("error")
+def test_sets_on_the_right_scale_are_not_warned_of(small_vae, binary, digits):
+    vaelib.image_set(255 * binary)  # binarized MNIST is stored so
+    vaelib.image_set(torch.zeros(3, 1, 28, 28, dtype=torch.uint8))
+    dark = torch.zeros(2, 1, 28, 28, dtype=torch.uint8)
+    dark[0, 0, 3, 3] = 9
+    vaelib.heldout_elbo(small_vae, dark)  # two dark images of a set, not the set
+    barely = torch.cat([digits.pixels[:20], dark.clamp(max=1)])
+    assert len(vaelib.image_set(barely)[20:]) == 2  # so dark are these alone
+    vaelib.load_images("shapes")
+
+
+LAST = torch.zeros(128, 32, 32, 3, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: vaelib.image_set(LAST), r"pixels: got shape \(128, 32, 32, 3\), expected \(N, C, H, W\): the channels come before"),
+    (lambda: vaelib.image_set(LAST[..., :1]), r"pixels: got shape \(128, 32, 32, 1\), .*permute\(0, 3, 1, 2\)"),
+    (lambda: vaelib.ImageSet(LAST, torch.zeros(128, dtype=torch.int64), ("a",)), "pixels: got shape"),
+    (lambda: vaelib.Bernoulli().observe(LAST), "pixels: got shape"),
+    (lambda: show_images(LAST[:4]), "pixels: got shape"),
+    (lambda: vaelib.conv_vae((32, 32, 3)), r"image_shape: got \(32, 32, 3\), expected \(channels, height, width\)"),
+    (lambda: vaelib.mlp_vae((28, 28, 1)), "image_shape: got"),
+    (lambda: vaelib.hierarchical_vae((32, 32, 3), ((2, 1),)), "image_shape: got"),
+    (lambda: read_image("a.png", (32, 32, 3)), "image_shape: got"),
+])  # fmt: skip
+def test_channels_that_come_last_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 28, 28), (32, 1, 1), (1, 1, 3), (3, 3, 3), (4, 64, 4), (8, 8, 8), (6, 2, 3)])
+def test_channels_that_come_first_are_not(shape):
+    vaelib.image_set(torch.zeros(2, *shape, dtype=torch.uint8))
+    assert vaelib.mlp_vae(shape, (4,), 2).image_shape == shape
+
+
+@pytest.fixture
+def unlabelled(digits):
+    return vaelib.image_set(digits.pixels[:40], name="mine")
+
+
+@pytest.mark.parametrize(("argument", "call"), [
+    ("images", lambda m, x, some: vaelib.heldout_elbo(m, x)),
+    ("images", lambda m, x, some: vaelib.evaluate(m, x)),
+    ("images", lambda m, x, some: vaelib.log_likelihood(m, x, 2)),
+    ("images", lambda m, x, some: priors.posterior_samples(m, x[:5])),
+    ("images", lambda m, x, some: vaelib.fit(m, x, config=vaelib.TrainConfig(1, 10, progress=False, device="cpu"))),
+    ("valid", lambda m, x, some: vaelib.fit(m, some, x, vaelib.TrainConfig(1, 10, progress=False, device="cpu"))),
+])  # fmt: skip
+def test_a_conditional_model_refuses_images_that_nobody_labelled(argument, call, unlabelled, digits):
+    model = vaelib.conditional_vae((1, 28, 28), 10, (8,), 2)
+    with pytest.raises(ValueError, match=f"{argument}: got 'mine' without labels, expected labels, or model.given"):
+        call(model, unlabelled, digits[:40])
+    vaelib.heldout_elbo(model.given(3), unlabelled)
+    vaelib.heldout_elbo(model, vaelib.image_set(unlabelled.pixels, torch.zeros(40, dtype=torch.int64)))  # all 0 by their owner's word
+
+
+def test_evaluate_on_the_command_line_refuses_a_set_without_labels(unlabelled, tmp_path, monkeypatch):
+    vaelib.save(vaelib.conditional_vae((1, 28, 28), 10, (8,), 2), tmp_path / "run")
+    monkeypatch.setattr(cli, "load_images", lambda name, split: unlabelled)
+    done = CliRunner().invoke(cli.app, ["evaluate", str(tmp_path / "run"), "--data", "binarized-mnist", "--device", "cpu"])
+    assert str(done.exception).startswith("images: got 'mine' without labels, expected labels")
+
+
+def test_a_set_knows_whether_it_has_labels(unlabelled, digits):
+    assert digits.labelled
+    assert digits[:3].labelled
+    assert not unlabelled.labelled
+    assert not unlabelled[3:].to("cpu").labelled
+    assert not vaelib.train_valid_split(unlabelled, 3)[0].labelled
+    with pytest.raises(ValueError, match="images: got 'mine' without labels"):
+        class_means(vaelib.mlp_vae(), unlabelled)
+
+
+def test_an_index_of_images_without_labels_has_none(small_vae, unlabelled, digits):
+    index = LatentIndex.build(small_vae, unlabelled)
+    assert index.labels.tolist() == [-1] * 40
+    assert index.label(3) is None
+    index.add(digits[:5])
+    assert index.label(41) == "1"
+    found = index.labels[index.search(digits[:5], 5).indices]
+    with pytest.raises(ValueError, match=r"labels: got 40 images without a label \(-1\), expected a class for each"):
+        score_retrieval(found, digits.labels[:5], index.labels, 5)
+
+
+CODES, LABELS = torch.zeros(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: latent_scatter(torch.zeros(6, 8), LABELS, "abc"), r"codes: got a float32 tensor of shape \(6, 8\), expected shape \(N, 2\)"),
+    (lambda: latent_scatter(CODES, LABELS[:5], "abc"), r"labels: got a int64 tensor of shape \(5,\), expected an int64 .* \(6,\)"),
+    (lambda: latent_scatter(CODES, list("abcabc"), "abc"), r"labels: got list \['a', .*expected an int64 tensor"),
+    (lambda: latent_scatter(CODES, LABELS, "ab"), "labels: got 2, expected numbers from 0 to 1, one for each of the classes"),
+    (lambda: latent_scatter(CODES, LABELS - 1, "abc"), "labels: got -1, expected numbers from 0 to 2"),
+    (lambda: training_curves([]), "history: got 0 finished epochs and skip 0, expected an epoch to show"),
+    (lambda: training_curves([{"epoch": 1}], skip=1), "history: got 1 finished epochs and skip 1"),
+    (lambda: vaelib.image_set(LAST.permute(0, 3, 1, 2)[:2], ["cat", "dog"]), r"labels: got list \['cat', 'dog'\], expected whole numbers"),
+    (lambda: vaelib.image_set(LAST.permute(0, 3, 1, 2)[:2], [[0], [1, 2]]), "labels: got list .*expected whole numbers"),
+    (lambda: score_retrieval(LABELS[None], ["a"], LABELS, 2), "query_labels: got list .*expected the numbers of classes"),
+    (lambda: score_retrieval(LABELS, LABELS, LABELS, 2), r"found: got a int64 tensor of shape \(6,\), expected .* with 2 axes"),
+    (lambda: score_retrieval(LABELS[None], LABELS[:1], torch.full((6,), -1), 2), r"labels: got 6 images without a label \(-1\)"),
+    (lambda: score_retrieval(0 * LABELS[None], 0 * LABELS[:1], 0 * LABELS, 2), "labels: got class 0 for all images, expected several"),
+    (lambda: average_precision(CODES, LABELS, CODES, LABELS - 1), "labels: got 2 images without a label"),
+])  # fmt: skip
+def test_labels_and_codes_that_do_not_fit_are_refused_in_words(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelib._validation import as_path, check_choice, check_image_shape, check_int, check_pixels, check_seed, describe
+from vaelib._validation import (
+    as_path,
+    check_choice,
+    check_image_shape,
+    check_int,
+    check_pixels,
+    check_seed,
+    describe,
+    warn_of_scale,
+)
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -81,6 +90,8 @@ class ImageSet:
         name: where the images come from, for messages and records.
         factors: float tensor (N, F), the factors that generated each image (`shapes` only), else None.
         factor_names: the name of each factor.
+        labelled: False where nobody gave labels; they are then all 0, and what needs labels refuses the set.
+        scale_checked: whether a warning was due already for levels that do not reach beyond 16: it comes once, not for each subset.
 
     Raises:
         ValueError: If pixels or labels have another dtype or shape, or there is no image.
@@ -92,9 +103,14 @@ class ImageSet:
     name: str = "images"
     factors: Tensor | None = None
     factor_names: tuple[str, ...] = ()
+    labelled: bool = True
+    scale_checked: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_pixels("pixels", self.pixels)
+        if not self.scale_checked:
+            warn_of_scale("pixels", self.pixels)
+            object.__setattr__(self, "scale_checked", True)
         if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int64 or self.labels.shape != self.pixels.shape[:1]:
             raise ValueError(f"labels: got {describe(self.labels)}, expected an int64 tensor of shape ({len(self.pixels)},)")
         if self.factors is not None and len(self.factors) != len(self.pixels):
@@ -273,7 +289,7 @@ def _read(name: str, split: str, root: Path) -> ImageSet:
     if name == "binarized-mnist":
         bits = np.unpackbits(np.load(root / f"BinarizedMNIST/binarized_mnist_{split}.npy"), axis=1)
         pixels = torch.from_numpy(255 * np.ascontiguousarray(bits)).view(-1, 1, 28, 28)
-        return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64, device="cpu"), ("digit",), name)
+        return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64, device="cpu"), ("digit",), name, labelled=False)
     # The idx files themselves: torchvision would prefer a `processed` folder of its earlier versions, which nobody has checked.
     images_file, labels_file = list(CHECKSUMS[name])[:2] if train else list(CHECKSUMS[name])[2:]
     pixels = torch.from_numpy(np.fromfile(root / images_file, np.uint8)[16:].reshape(-1, 1, 28, 28))
@@ -323,13 +339,17 @@ def _shapes(split: str) -> ImageSet:
 
 
 def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name: str = "images") -> ImageSet:
-    """Wrap a ``uint8`` tensor (N, C, H, W) of your own; without labels all are 0."""
+    """Wrap a ``uint8`` tensor (N, C, H, W) of your own; without labels all are 0, and the set is not `labelled`."""
     check_pixels("pixels", pixels)
-    codes = torch.as_tensor([0] * len(pixels) if labels is None else labels, device=pixels.device)
+    try:
+        codes = torch.as_tensor([0] * len(pixels) if labels is None else labels, device=pixels.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        expected = "whole numbers of at least 0, one for each image; ImageSet takes their names as classes"
+        raise ValueError(f"labels: got {describe(labels)}, expected {expected}") from error
     if codes.is_floating_point() or codes.numel() == 0 or codes.min() < 0:
         raise ValueError(f"labels: got {describe(labels)}, expected whole numbers of at least 0")
     codes = codes.long()
-    return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name)
+    return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name, labelled=labels is not None)
 
 
 class ImageFolder(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaelib import noise
-from vaelib._validation import check_choice, check_int, check_number, check_pixels, check_seed, describe
+from vaelib._validation import check_choice, check_int, check_number, check_pixels, check_seed, describe, warn_of_scale
 from vaelib.data import ImageSet
 from vaelib.evaluation import kl_per_unit, posterior_means
 from vaelib.vae import VAE, evaluating, observations
@@ -67,6 +67,7 @@ def reconstruct(model: VAE, pixels: Tensor, seed: int = 0) -> Tensor:
         >>> vaelib.reconstruct(model, vaelib.load_images("digits", "test").pixels[:4]).shape
         torch.Size([4, 1, 28, 28])
     """
+    warn_of_scale("pixels", check_pixels("pixels", pixels, model.image_shape))
     with evaluating(model):
         return torch.cat([decode_pixels(model, model.encode(x).mean) for x, _ in observations(model, pixels, 1000, seed)])
 
@@ -135,8 +136,10 @@ def class_means(model: VAE, images: ImageSet) -> Tensor:
     """The mean of the posterior means of each class's images: (num_classes, L), on the CPU.
 
     Raises:
-        ValueError: If a class has no image.
+        ValueError: If the images have no labels, or a class has no image.
     """
+    if not images.labelled:
+        raise ValueError(f"images: got {images.name!r} without labels, expected labels")
     counts = images.labels.cpu().bincount(minlength=len(images.classes))
     if empty := [name for name, count in zip(images.classes, counts.tolist(), strict=True) if not count]:
         raise ValueError(f"images: got no image of {', '.join(empty)}, expected some of each class")

@@ -26,7 +26,7 @@ from vaelib.data import ImageSet, minibatches
 from vaelib.distributed import Group, join
 from vaelib.objectives import ElboTerms, loss
 from vaelib.storage import write_text
-from vaelib.vae import VAE, heldout_elbo
+from vaelib.vae import VAE, heldout_elbo, labels_for
 
 # LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
 OPTIMIZERS: dict[str, Any] = {
@@ -432,7 +432,7 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
         if these.image_shape != model.image_shape:
             raise ValueError(f"{name}: got images of shape {these.image_shape}, expected {model.image_shape} as the model has")
         if model.needs_labels:
-            model.given(these.labels)  # a check of their range
+            labels_for(model, name, these)
     if config.batch_size > len(images):
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the {len(images)} images of the set")
     if config.objective == "dreg" and model.layered:

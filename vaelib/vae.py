@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import noise
-from vaelib._validation import check_image_shape, check_int, check_observation, check_pixels, check_same_shape, describe, plain
+from vaelib._validation import (
+    check_image_shape,
+    check_int,
+    check_observation,
+    check_pixels,
+    check_same_shape,
+    describe,
+    plain,
+    warn_of_scale,
+)
 from vaelib.data import ImageSet
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
@@ -266,16 +275,29 @@ def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iter
         yield model.likelihood.observe(chunk, uniform=uniform), keys
 
 
+def labels_for(model: VAE, argument: str, images: ImageSet) -> Tensor:
+    """The labels of a set for a model that needs them; ValueError where it has none, or others than the model."""
+    if not images.labelled:
+        expected = "expected labels, or model.given(label): the model is conditional"
+        raise ValueError(f"{argument}: got {images.name!r} without labels, {expected}")
+    model.given(images.labels)
+    return images.labels
+
+
 def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: int) -> Iterator[tuple[VAE, Tensor, Tensor]]:
     """Chunks of (model, x, keys), see `observations`; a model that needs labels comes bound to those of the chunk.
 
     Args:
         images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), which have no labels.
     """
-    pixels, labels = (images.pixels, images.labels) if isinstance(images, ImageSet) else (images, None)
+    if isinstance(images, ImageSet):
+        pixels, labels = images.pixels, labels_for(model, "images", images) if model.needs_labels else None
+    else:
+        pixels, labels = images, None
+        warn_of_scale("pixels", check_pixels("pixels", pixels, model.image_shape))
     start = 0
     for x, keys in observations(model, pixels, batch_size, seed):
-        yield (model if labels is None or not model.needs_labels else model.given(labels[start : start + len(x)])), x, keys
+        yield (model if labels is None else model.given(labels[start : start + len(x)])), x, keys
         start += len(x)
 
 
