@@ -302,3 +302,26 @@ def test_a_name_that_only_begins_with_a_tilde_is_itself(home):
     assert _validation.as_path("~no-such-user/file") == Path("~no-such-user/file")
     assert storage.writable_folder("path", "~no-such-user-here").is_dir()
     assert Path("~no-such-user-here").is_dir()
+
+
+def test_a_tilde_is_the_home_folder_on_the_command_line_too(home, digits):
+    from PIL import Image
+
+    (home / "pictures").mkdir()
+    for i in (3, 4):
+        Image.fromarray(digits.pixels[i, 0].numpy()).save(home / "pictures" / f"{i}.png")
+    short = ["--data=digits", "--hidden=8", "--latent-dim=2", "--epochs=1", "--device=cpu", "--json"]
+    for command in (
+        ["train", "--out=~/run", *short],
+        ["evaluate", "~/run", "--device=cpu"],
+        ["sample", "~/run", "--out=~/a.png", "--device=cpu"],
+        ["sample", "~/run", "--out=~/b.png", "--interpolate", "~/pictures/3.png", "~/pictures/4.png", "--device=cpu"],
+        ["index", "~/run", "--out=~/a.index", "--folder=~/pictures", "--device=cpu"],
+        ["search", "~/a.index", "~/pictures/3.png", "~/pictures", "--out=~/c.png", "--device=cpu"],
+    ):
+        done = CliRunner().invoke(cli.app, command)
+        assert done.exit_code == 0, (command, done.output, done.exception)
+    assert {path.name for path in home.iterdir()} == {"run", "pictures", "a.png", "b.png", "c.png", "a.index"}
+    assert list(Path.cwd().iterdir()) == []
+    done = CliRunner().invoke(cli.app, ["train", "--out=~/run", *short])
+    assert "already holds a model" in str(done.exception)
