@@ -29,7 +29,7 @@ def _mix(h: Tensor) -> Tensor:
 def image_keys(pixels: Tensor, seed: int = 0) -> Tensor:
     """One int64 key per image, from its pixels and the seed: (N, C, H, W) uint8 -> (N,)."""
     flat = check_pixels("pixels", pixels).flatten(1).long()
-    check_seed("seed", seed)
+    seed = check_seed("seed", seed)
     weights = _mix(torch.arange(1, flat.shape[1] + 1, device=flat.device) * _GOLDEN)
     return _mix((flat * weights).sum(1) + _mix(torch.full((1,), seed, device=flat.device) * _GOLDEN))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vaelib import noise
-from vaelib._validation import check_int
+from vaelib._validation import check_int, check_seed
 from vaelib.data import ImageSet
 from vaelib.objectives import loss
 from vaelib.vae import VAE, evaluating, given_labels, mlp_vae
@@ -126,7 +126,7 @@ def fit_second_stage(
     Raises:
         ValueError: If the model has more than 1024 latent dimensions, or there are fewer than two images.
     """
-    check_int("epochs", epochs)
+    epochs, seed = check_int("epochs", epochs), check_seed("seed", seed)
     codes = codes_to_fit(model, images, seed, 2)
     mean, std = codes.mean(0), codes.std(0).clamp(min=1e-6)
     x = ((codes - mean) / std)[:, :, None, None]  # (N, L, 1, 1)
@@ -138,8 +138,8 @@ def fit_second_stage(
     optimizer = torch.optim.Adam(stage.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // 100))
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator).split(100):
-            eps = torch.randn(1, len(batch), model.latent_dim, generator=generator)
+        for batch in torch.randperm(len(x), generator=generator, device="cpu").split(100):
+            eps = torch.randn(1, len(batch), model.latent_dim, generator=generator, device="cpu")
             optimizer.zero_grad()
             loss(stage(x[batch].to(model.device), eps.to(model.device))).backward()
             optimizer.step()

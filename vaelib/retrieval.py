@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import conv2d, normalize
 
-from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
+from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed, describe
 from vaelib.data import ImageSet
 from vaelib.evaluation import posteriors
 from vaelib.storage import build, signature, writable_folder, write_tensors
@@ -131,10 +131,10 @@ def query_side(q: Posterior, distance: str) -> tuple[Tensor, Tensor]:
     if distance == "euclidean":
         return with_column(-2 * q.mean.float(), 1), q.mean.double().square().sum(1)
     if distance == "cosine":
-        return with_column(-normalize(q.mean.float(), dim=1), 1), torch.ones(len(q.mean))
+        return with_column(-normalize(q.mean.float(), dim=1), 1), torch.ones(len(q.mean), device="cpu")
     mean, log_var = q.mean.double(), q.log_var.double()  # products of precisions are too wide for float32
     if distance == "bhattacharyya":
-        return with_column(torch.cat([mean, log_var], 1), 1), torch.zeros(len(mean))
+        return with_column(torch.cat([mean, log_var], 1), 1), torch.zeros(len(mean), device="cpu")
     precision = (-log_var).exp()
     phi = torch.cat([(log_var.exp() + mean**2) / 2, precision / 2, -mean, -mean * precision], 1)
     return with_column(phi, 1), (mean**2 * precision).sum(1) / 2 - mean.shape[1]
@@ -267,13 +267,15 @@ def average_precision(
         parts = [scores(phi, psi, distance) for _, psi, _ in database_sides(x, distance, block)]
         ranking = torch.cat(parts).T.argsort(dim=1, stable=True).cpu()
         hits = labels[ranking] == query_labels[rows, None]
-        precision = hits.cumsum(1).double() / torch.arange(1, len(labels) + 1)
+        precision = hits.cumsum(1).double() / torch.arange(1, len(labels) + 1, device="cpu")
         result.append((precision * hits).sum(1) / relevant[rows])
     return torch.cat(result)
 
 
 def check_relevant(query_labels: Tensor, labels: Tensor) -> Tensor:
     """How many of the database's images have the class of each query: (Q,), at least 1."""
+    for argument, value in (("query_labels", query_labels), ("labels", labels)):
+        check_classes(argument, value)
     relevant = torch.bincount(labels, minlength=int(query_labels.max()) + 1)[query_labels]
     if not relevant.all():
         missing = query_labels[relevant == 0][0].item()
@@ -281,14 +283,23 @@ def check_relevant(query_labels: Tensor, labels: Tensor) -> Tensor:
     return relevant
 
 
+def check_classes(argument: str, value: Any, dim: int = 1) -> Tensor:
+    """`value` if it is an int64 tensor of class numbers, none of them the -1 of an image without a label."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != dim or value.numel() == 0:
+        raise ValueError(f"{argument}: got {describe(value)}, expected the numbers of classes, an int64 tensor with {dim} axes")
+    if value.min() < 0:
+        raise ValueError(f"{argument}: got {int((value < 0).sum())} images without a label (-1), expected a class for each")
+    return value
+
+
 def bootstrap_interval(values: Tensor, level: float = 0.95, num_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean of values (Q,): (low, high). Efron 1979."""
     if not 0 < check_number("level", level) < 1:
         raise ValueError(f"level: got {level}, expected a share between 0 and 1")
     generator = torch.Generator().manual_seed(check_seed("seed", seed))
-    draws = (torch.randint(len(values), values.shape, generator=generator) for _ in range(check_int("num_resamples", num_resamples)))
-    means = torch.stack([values[draw].double().mean() for draw in draws])
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    values, shape = values.cpu().double(), (check_int("num_resamples", num_resamples), *values.shape)
+    means = torch.stack([values[torch.randint(len(values), shape[1:], generator=generator, device="cpu")].mean() for _ in range(shape[0])])
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")).tolist()
     return low, high
 
 
@@ -302,9 +313,15 @@ def score_retrieval(
         query_labels: (Q,).
         labels: of the database, (N,).
         per_query: more scores (Q,) by name, such as ``mean_average_precision=average_precision(...)``.
+
+    Raises:
+        ValueError: For k above the number of neighbours, or labels that are no numbers of classes, -1 for want of one, or all the same.
     """
-    if check_int("k", k) > found.shape[1]:
+    check_classes("query_labels", query_labels), check_classes("labels", labels)
+    if check_int("k", k) > check_classes("found", found, 2).shape[1]:
         raise ValueError(f"k: got {k}, expected at most the {found.shape[1]} neighbours that were found")
+    if (labels == labels[0]).all():
+        raise ValueError(f"labels: got class {int(labels[0])} for all images, expected several: of one class all that is found is right")
     found = found[:, :k]
     per_query["precision_at_k"] = precision_at_k(found, query_labels)
     per_query["recall_at_k"] = recall_at_k(found, query_labels, labels)
@@ -380,8 +397,8 @@ class LatentIndex:
         check_choice("method", method, METHODS)
         if model.needs_labels:
             raise ValueError("model: got a conditional VAE, expected one that encodes without labels")
-        codes = Posterior(torch.empty(0, model.latent_dim), torch.empty(0, model.latent_dim))
-        index = cls(model, codes, torch.empty(0, dtype=torch.int64), (), (), source or {}, method, fingerprint(model))
+        codes = Posterior(*torch.empty(2, 0, model.latent_dim, device="cpu"))
+        index = cls(model, codes, torch.empty(0, dtype=torch.int64, device="cpu"), (), (), source or {}, method, fingerprint(model))
         index.add(images, names, batch_size)
         return index
 
@@ -411,8 +428,9 @@ class LatentIndex:
         """
         new = self._encode(images, batch_size)
         count = len(new.mean)
-        classes = images.classes if isinstance(images, ImageSet) else ()
-        labels = images.labels.cpu() if isinstance(images, ImageSet) else torch.full((count,), -1)
+        labelled = isinstance(images, ImageSet) and images.labelled
+        classes = images.classes if labelled else ()  # type: ignore[union-attr]
+        labels = images.labels.cpu() if labelled else torch.full((count,), -1, device="cpu")  # type: ignore[union-attr]
         if self.classes and classes and self.classes != classes:
             raise ValueError(f"images: got the classes {describe(classes)}, expected those of the index, {describe(self.classes)}")
         if len(names) not in ({0, count} if len(self) == 0 else {count if self.names else 0}):
@@ -504,7 +522,7 @@ class LatentIndex:
         if self.structure is not None:
             tensors["structure"] = torch.from_numpy(faiss().serialize_index(self.structure))
             tensors["rows"], tensors["starts"] = self.rows
-        path = Path(path)
+        path = as_path(path)
         partial = writable_folder("path", path.parent) / f".{path.name}.partial"
         try:
             write_tensors(partial, tensors, {"index": json.dumps(about)})
@@ -523,8 +541,9 @@ class LatentIndex:
         Raises:
             ValueError: If the file is broken, no index or of another version, or was made with another model.
         """
+        path = as_path(path)
         try:
-            if Path(path).is_dir():
+            if path.is_dir():
                 raise ValueError("it is a folder")
             with safe_open(path, "pt") as file:
                 if "index" not in (metadata := file.metadata() or {}):
@@ -544,7 +563,7 @@ class LatentIndex:
             classes, method = tuple(about["classes"]), check_choice("method", about["method"], METHODS)
             structure = None if method == "exact" else faiss().deserialize_index(tensors["structure"].numpy())
             every = torch.arange(len(labels), device="cpu")  # a file of version 0.1.0 has each image's code in the structure
-            rows = tuple(tensors.get(part, every) for part in ("rows", "starts"))
+            rows = () if structure is None else (tensors.get("rows", every), tensors.get("starts", every))
             if structure is not None and tuple(map(len, rows)) != (len(labels), structure.ntotal):
                 raise ValueError("its parts are of different sizes")
             index = cls(model, codes, labels, classes, names, about["source"], method, about["model_hash"], structure, rows)
@@ -566,7 +585,7 @@ class LatentIndex:
 def is_index(path: str | Path) -> bool:
     """Whether the file is one that `LatentIndex.save` wrote, by its header."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(as_path(path), "pt") as file:
             return "index" in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
