@@ -24,21 +24,23 @@ def check_choice(argument: str, value: Any, options: Iterable[Any]) -> Any:
     options = sorted(options)
     if value in options:
         return value
-    near = difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    names = {str(option).lower(): option for option in options}
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {names[near[0]]!r}?" if near else ""
     raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, options))}{hint}")
 
 
-def check_int(argument: str, value: Any, minimum: int = 1) -> int:
-    """`value` as an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{argument}: got {describe(value)}, expected an integer of at least {minimum}")
+def check_int(argument: str, value: Any, minimum: int = 1, maximum: float = 2**63 - 1) -> int:
+    """`value` as an int of at least `minimum` and at most `maximum`: torch counts in 64 bits."""
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        most = f" and at most {maximum}" if isinstance(value, int) and value > maximum else ""
+        raise ValueError(f"{argument}: got {describe(value)}, expected an integer of at least {minimum}{most}")
     return value
 
 
 def check_seed(argument: str, value: Any) -> int:
     """`value` as a seed: an integer from 0 to 2**63 - 1."""
-    seed = check_int(argument, value, minimum=0)
+    seed = check_int(argument, value, minimum=0, maximum=math.inf)
     if seed >= 2**63:
         raise ValueError(f"{argument}: got {value}, expected an integer below 2**63")
     return seed
