@@ -101,7 +101,15 @@ def show_images(
 
 
 def training_curves(history: Sequence[dict[str, float]], skip: int = 0) -> Figure:
-    """The ELBO and its two terms by epoch, training and held out, in nats; `skip` leaves the first epochs out of the view."""
+    """The ELBO and its two terms by epoch, training and held out, in nats; `skip` leaves the first epochs out of the view.
+
+    Raises:
+        ValueError: If there is no epoch to show, as when training was interrupted in its first.
+    """
+    if not len(history):
+        raise ValueError("history: got one without a finished epoch, expected at least one; was training interrupted in its first?")
+    if check_int("skip", skip, minimum=0) >= len(history):
+        raise ValueError(f"skip: got {skip}, expected less than the {len(history)} epochs of the history")
     with style():
         figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharex=True)
         shown = list(history)[skip:]
