@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from vaelib._validation import describe
 from vaelib.data import ImageSet
 from vaelib.storage import BROKEN, CHECKPOINT, build, check_weights, writable_folder
 from vaelib.vae import VAE
 
 FILE = CHECKPOINT
 VERSION = 1
+KINDS: dict[str, Any] = {
+    "weights": dict, "optimizer": dict, "averages": (list, type(None)), "best_weights": (dict, type(None)), "history": list,
+    "step": int, "images": str, "elapsed": float, "best_elbo": float, "best_epoch": (int, type(None)),
+}  # fmt: skip
 
 
 def fingerprint(images: ImageSet, labels: bool = False) -> str:
@@ -72,6 +77,8 @@ def read_checkpoint(folder: Path, expected: dict[str, Any], argument: str = "res
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         version = int(state["version"])
+        if wrong := [name for name, kind in KINDS.items() if name in state and not isinstance(state[name], kind)]:
+            raise ValueError(f"its {wrong[0]} is {describe(state[wrong[0]])}")
     except (OSError, EOFError, *BROKEN, pickle.PickleError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split(".")[0].split())
         raise ValueError(f"{argument}: {path} is truncated or no checkpoint of vaelib ({reason})") from error
@@ -98,6 +105,8 @@ def load_checkpoint(folder: Path) -> tuple[VAE, dict[str, Any]]:
         if state["best_weights"] is None and state["averages"] is not None:
             weights = weights | dict(zip(dict(model.named_parameters()), state["averages"], strict=True))
         model.load_state_dict(weights, assign=True)
+        if lacking := {"history", "step", "images"} - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
     except BROKEN as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path: {path} does not hold the weights of a model that vaelib builds ({reason})") from error
