@@ -394,6 +394,7 @@ def test_two_trainings_into_one_folder_at_once_do_not_mix(vaelib_command, tmp_pa
         assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+@pytest.mark.filterwarnings("default::UserWarning")  # as for a user; the tests make errors of the library's own
 def test_a_training_that_diverged_says_so_on_stderr_and_in_its_summary_and_record(here, tmp_path):
     wild = ("--optimizer", "SGD", "--learning-rate", 1e16, "--schedule", "constant", "--warmup", 0, "--clip-norm", 1e-10)
     code, out, err = here("train", *QUICK, "--epochs", 1, *wild, "--out", "run", "--json")
