@@ -419,7 +419,7 @@ def bound_recipe(
     axis: int = 0,
     pool: Function = torch.logsumexp,
     less_log_k: Function = lambda value, k: value - math.log(k),
-    count: Function = lambda w, axis: w.shape[axis],  # type: ignore[assignment, return-value]
+    count: Callable[..., int] = lambda w, axis: w.shape[axis],
     whole: Function = itself,
 ) -> Tensor:
     """logsumexp over the samples - log K: (N,); the arguments put mistakes into it."""

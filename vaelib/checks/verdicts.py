@@ -125,10 +125,10 @@ def pairs(mistakes: Mistakes) -> Iterator[tuple[tuple[str, str], Callable[..., A
             yield (name, other), functools.partial(fn.func, **fn.keywords, **another.keywords)
 
 
-Found = tuple[tuple[str, ...], Callable[..., Any]]
+Found = tuple[tuple[str, ...], Any]
 
 
-def recognized(mistakes: Mistakes, matches: Callable[[Callable[..., Any]], bool]) -> Found | None:
+def recognized(mistakes: Mistakes, matches: Callable[[Any], bool]) -> Found | None:
     """The name of the mistake, or the names of the two, for which `matches` is true of what it computes, and that function."""
     for name, (_, *fns) in mistakes.items():
         for fn in filter(matches, fns):
@@ -224,5 +224,5 @@ def check_gradient(
             fail(f"{what}: the value is right, but no gradient flows back to {key}: something cuts it off", "detached")
         if got is not None and not got.isfinite().all():
             fail(f"{what}: the value is right, but the gradient for {key} is NaN or infinite", "overflow")
-        if strict and not torch.allclose(got, expected, rtol=1e-3, atol=1e-4):  # type: ignore[arg-type]  # None has failed above
+        if strict and not torch.allclose(got, expected, rtol=1e-3, atol=1e-4):
             fail(f"{what}: the value is right, but the gradient for {key} is not: something is detached, or computed with no graph")
