@@ -147,10 +147,7 @@ TRAINING_MISTAKES: Mistakes = {
         *("loss", "own-output", "mean-batch", "mean-default", "likelihood-mean-batch", "kl-mean-batch", "kl-mean-latents", "kl-mean-all"),
         *("likelihood-sign", "no-sigmoid", "kl-variance", "kl-std"),  # the last three are NaN at once
     ),
-    "detached": (
-        CUTS["z"],
-        step_with(cut="z"),
-    ),
+    "detached": ("a part of the graph is cut off", step_with(cut="z")),
 }  # fmt: skip
 for taken in ("overflow", "floor"):  # they show at large logits only
     TRAINING_MISTAKES[taken] = TRAINING_MISTAKES.pop(taken)
@@ -513,7 +510,7 @@ def explained(runs: Sequence[tuple[Call, Call]], readings: Sequence[tuple[Readin
         ]
     if cut:
         names.append("detached")
-        notes.append(CUTS[cut])
+        notes.append(f"{TRAINING_MISTAKES['detached'][0]}: {CUTS[cut]}")
     if held == "no-zero-grad":
         names.append("no-zero-grad")
         notes.append(TRAINING_MISTAKES["no-zero-grad"][0])
