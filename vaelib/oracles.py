@@ -38,8 +38,8 @@ class LinearGaussian:
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of x: (count, D)."""
-        z = torch.randn(count, self.latent_dim, generator=generator, dtype=self.weight.dtype).to(self.weight.device)
-        noise = torch.randn(count, self.num_dims, generator=generator, dtype=self.weight.dtype).to(self.weight.device)
+        z = torch.randn(count, self.latent_dim, generator=generator, dtype=self.weight.dtype, device="cpu").to(self.weight.device)
+        noise = torch.randn(count, self.num_dims, generator=generator, dtype=self.weight.dtype, device="cpu").to(self.weight.device)
         return z @ self.weight.T + self.bias + self.scale * noise
 
     def log_evidence(self, x: Tensor) -> Tensor:
@@ -133,7 +133,8 @@ def linear_rate(eigenvalues: Tensor, scale: float) -> Tensor:
 def dequantized(pixels: Tensor, seed: int = 0) -> Tensor:
     """Pixels plus uniform noise in [0, 1), flat: ``uint8`` (N, C, H, W) -> float64 (N, D), on the CPU. eq. dequantization"""
     x = check_pixels("pixels", pixels).cpu().flatten(1)
-    return x + torch.rand(x.shape, generator=torch.Generator().manual_seed(check_seed("seed", seed)), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
+    return x + torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def pixel_moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +142,7 @@ def pixel_moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
     x = check_pixels("pixels", pixels).cpu().flatten(1).double() + 0.5
     mean = x.mean(0)
     x -= mean
-    return mean, x.T @ x / len(x) + torch.eye(len(mean), dtype=x.dtype) / 12
+    return mean, x.T @ x / len(x) + torch.eye(len(mean), dtype=x.dtype, device=x.device) / 12
 
 
 def gaussian_pixels_log_prob(train: Tensor, test: Tensor, seed: int = 0) -> Tensor:
