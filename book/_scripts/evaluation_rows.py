@@ -97,7 +97,7 @@ def signal(model, images, count=20_000):
 
 def model_row(seed, train, test):
     model, seconds = trained(train, "elbo", seed, 20)
-    early, _ = trained(train, "elbo", seed, 1)
+    early, _ = trained(train, "elbo", seed, 3)
     scores = vaelib.evaluate(model, test)
     estimate = vaelib.importance_weighted_estimate(model, drawn(test, 200))
     split = vaelib.rate_decomposition(model, test)
