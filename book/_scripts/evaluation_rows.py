@@ -99,21 +99,21 @@ def model_row(seed, train, test):
     model, seconds = trained(train, "elbo", seed, 20)
     early, _ = trained(train, "elbo", seed, 3)
     scores = vaelib.evaluate(model, test)
-    estimate = vaelib.importance_weighted_estimate(model, drawn(test, 100))
+    estimate = vaelib.importance_weighted_estimate(model, drawn(test, 200))
     split = vaelib.rate_decomposition(model, test)
     gaps = {}
     for name, images in (("test", test), ("training", train)):
-        found = inference_gaps(model, drawn(images, 100))
+        found = inference_gaps(model, drawn(images, 200))
         gaps[name] = {part: getattr(found, part).mean().item() for part in ("amortization", "approximation", "log_likelihood")}
         gaps[name] |= {f"{part}_standard_error": standard_error(getattr(found, part)) for part in ("amortization", "approximation")}
     return {
         "elbo": scores.elbo, "elbo_standard_error": scores.elbo_standard_error, "rate": scores.kl,
         "active": int(vaelib.active_units(model, test).sum()),
-        "log_likelihood_of_100": estimate.log_likelihood.double().mean().item(),
-        "effective_sample_size_of_100": estimate.effective_sample_size.median().item(),
-        "share_of_few_draws_of_100": (estimate.effective_sample_size < 10).double().mean().item(),
+        "log_likelihood_of_200": estimate.log_likelihood.double().mean().item(),
+        "effective_sample_size_of_200": estimate.effective_sample_size.median().item(),
+        "share_of_few_draws_of_200": (estimate.effective_sample_size < 10).double().mean().item(),
         "mutual_information": split.mutual_information, "marginal_kl": split.marginal_kl, "gaps": gaps,
-        "signal": {"early": signal(early, drawn(test, 12)), "trained": signal(model, drawn(test, 12))},
+        "signal": {"early": signal(early, drawn(test, 20)), "trained": signal(model, drawn(test, 20))},
         "train_seconds": seconds,
     }  # fmt: skip
 
