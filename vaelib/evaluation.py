@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vaelib import noise
-from vaelib._validation import check_int, check_number
+from vaelib._validation import check_int, check_number, plain
 from vaelib.data import ImageSet
 from vaelib.likelihoods import bits_per_dim
 from vaelib.objectives import gaussian_kl, gaussian_log_density
@@ -58,7 +58,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
-        return asdict(self)
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
 
 def standard_error(values: Tensor) -> float:
@@ -146,13 +147,12 @@ def importance_weighted_estimate(
     Raises:
         ValueError: If the model's score is no likelihood.
     """
-    check_int("num_samples", num_samples)
-    check_int("sample_batch", sample_batch)
+    num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
     chunks = []
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
-            total = squares = torch.full((len(x),), -math.inf, dtype=torch.float64)  # of w and w^2; on the CPU: MPS has no float64
+            total = squares = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")  # of w and w^2; MPS has no float64
             for start in range(0, num_samples, sample_batch):
                 count = min(sample_batch, num_samples - start)
                 eps = noise.normal_noise(keys, (count, model.latent_dim), noise.LATENT, start * model.latent_dim)
@@ -198,7 +198,7 @@ def annealed_log_likelihood(
     for name, value in (("num_steps", num_steps), ("num_chains", num_chains), ("leapfrog_steps", leapfrog_steps)):
         check_int(name, value)
     check_normalized(model)
-    course = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64).sigmoid()
+    course = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64, device="cpu").sigmoid()
     schedule = ((course - course[0]) / (course[-1] - course[0])).tolist()
     estimates = []
     with evaluating(model):
@@ -225,7 +225,7 @@ def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chai
     z = normal(0)
     value, gradient = score(z)
     step_size = torch.full_like(x[:, :1, 0, 0], 0.5)  # (N, 1)
-    log_weights = torch.zeros(num_chains, len(x), dtype=torch.float64)  # on the CPU: MPS has no float64
+    log_weights = torch.zeros(num_chains, len(x), dtype=torch.float64, device="cpu")  # on the CPU: MPS has no float64
     for step, (before, t) in enumerate(pairwise(schedule)):
         log_weights += (t - before) * value[PILOTS:].cpu().double()
         new, new_value, new_gradient, momentum = z, value, gradient, normal(step + 1)
@@ -342,15 +342,14 @@ def inference_gaps(
     Raises:
         ValueError: If the model's score is no likelihood, or its prior is not N(0, I) in one piece.
     """
-    check_int("num_samples", num_samples)
-    check_int("sample_batch", sample_batch)
+    num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
     chunks = []
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
             proposals = (bound.encode(x), refine_posterior(bound, x, steps, learning_rate, seed=seed, validate=False))
             elbos = [-gaussian_kl(*q).cpu().double() for q in proposals]
-            total = torch.full((len(x),), -math.inf, dtype=torch.float64)
+            total = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")
             for start in range(0, num_samples, sample_batch):
                 shape = (min(sample_batch, num_samples - start), model.latent_dim)
                 eps = noise.normal_noise(keys, shape, noise.LATENT, start * model.latent_dim).transpose(0, 1).to(x)
@@ -398,7 +397,7 @@ def kl_per_unit(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, s
 
     A unit at 0 carries nothing: its posterior has collapsed onto the prior.
     """
-    total = torch.zeros(model.latent_dim, dtype=torch.float64)
+    total = torch.zeros(model.latent_dim, dtype=torch.float64, device="cpu")
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
@@ -435,7 +434,7 @@ def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2
             for kept, value in zip(drawn, (*posterior, z), strict=True):
                 kept.append(value[0].cpu().double())
     mean, log_var, z = (torch.cat(kept) for kept in drawn)
-    chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[: check_int("num_draws", num_draws)]
+    chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(int(seed)), device="cpu")[: check_int("num_draws", num_draws)]
     precision = (-log_var).exp()
     constant = (mean.square() * precision + log_var).sum(1) + model.latent_dim * math.log(2 * math.pi)  # (N,)
     own, marginal, under_prior = [], [], []
