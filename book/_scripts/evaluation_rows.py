@@ -2,8 +2,9 @@
 that are missing.
 
 `model.seed-1` and `model.seed-2` train the chapter's model again and score it as the chapter does; `objectives.seed-0` to `-2` train it
-shortly on three objectives. Models stay in runs/evaluation, so that a run that was cut off goes on. The records go to
-results/evaluation-rows.json: command, commit, versions, hardware, seconds and scores. Seconds of trainings are those of the processor.
+shortly on three objectives, whose means and standard deviations over the seeds go to `objectives`. Models stay in runs/evaluation, so
+that a run that was cut off goes on. The records go to results/evaluation-rows.json: command, commit, versions, hardware, seconds and
+scores. Seconds of trainings are those of the processor.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from vaelib.vae import observations
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "evaluation-rows.json"
-ROWS = ("model.seed-1", "model.seed-2", "objectives.seed-0", "objectives.seed-1", "objectives.seed-2")
+ROWS = ("model.seed-1", "model.seed-2", "objectives.seed-0", "objectives.seed-1", "objectives.seed-2", "objectives")
 OBJECTIVES = {"elbo": {}, "iwae": {"objective": "iwae", "num_samples": 5}, "dreg": {"objective": "dreg", "num_samples": 5}}
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200)  # draws of an estimate of the gradient
 
@@ -131,6 +132,13 @@ def objectives_row(seed, train, test):
     return scores
 
 
+def summary(rows):
+    """Mean and standard deviation over the seeds, of each score of each objective."""
+    runs = [row["metrics"] for key, row in rows.items() if key.startswith("objectives.")]
+    values = {n: {s: torch.tensor([float(run[n][s]) for run in runs]) for s in runs[0][n]} for n in OBJECTIVES}
+    return {n: {s: {"mean": v.mean().item(), "deviation": v.std().item()} for s, v in of.items()} for n, of in values.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(ROWS)}; default: those that are missing")
@@ -140,10 +148,13 @@ def main():
     done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
     train, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
     for name in arguments.names or [name for name in ROWS if name not in done]:
-        kind, seed = name.split(".seed-")
+        kind, _, seed = name.partition(".seed-")
         began = time.perf_counter()
-        metrics = {"model": model_row, "objectives": objectives_row}[kind](int(seed), train, test)
-        record = entry(f"python book/_scripts/evaluation_rows.py {name}", int(seed), time.perf_counter() - began, metrics)
+        if seed:
+            metrics = {"model": model_row, "objectives": objectives_row}[kind](int(seed), train, test)
+        else:
+            metrics = summary(json.loads(LEDGER.read_text()))
+        record = entry(f"python book/_scripts/evaluation_rows.py {name}", int(seed or 0), time.perf_counter() - began, metrics)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
         LEDGER.write_text(json.dumps(done | {name: record}, indent=2) + "\n")
         print(f"{name:20} {json.dumps(metrics)[:200]}", flush=True)
