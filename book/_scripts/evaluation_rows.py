@@ -133,10 +133,14 @@ def objectives_row(seed, train, test):
 
 
 def summary(rows):
-    """Mean and standard deviation over the seeds, of each score of each objective."""
-    runs = [row["metrics"] for key, row in rows.items() if key.startswith("objectives.")]
-    values = {n: {s: torch.tensor([float(run[n][s]) for run in runs]) for s in runs[0][n]} for n in OBJECTIVES}
-    return {n: {s: {"mean": v.mean().item(), "deviation": v.std().item()} for s, v in of.items()} for n, of in values.items()}
+    """Mean and standard deviation over the seeds, of each score of each objective, and the seconds of all."""
+    records = [row for key, row in rows.items() if key.startswith("objectives.")]
+    scores = {}
+    for name in OBJECTIVES:
+        runs = [record["metrics"][name] for record in records]
+        values = {score: torch.tensor([float(run[score]) for run in runs]) for score in runs[0]}
+        scores[name] = {score: {"mean": value.mean().item(), "deviation": value.std().item()} for score, value in values.items()}
+    return scores, sum(record["seconds"] for record in records)
 
 
 def main():
@@ -152,9 +156,10 @@ def main():
         began = time.perf_counter()
         if seed:
             metrics = {"model": model_row, "objectives": objectives_row}[kind](int(seed), train, test)
+            seconds = time.perf_counter() - began
         else:
-            metrics = summary(json.loads(LEDGER.read_text()))
-        record = entry(f"python book/_scripts/evaluation_rows.py {name}", int(seed or 0), time.perf_counter() - began, metrics)
+            metrics, seconds = summary(json.loads(LEDGER.read_text()))
+        record = entry(f"python book/_scripts/evaluation_rows.py {name}", int(seed or 0), seconds, metrics)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
         LEDGER.write_text(json.dumps(done | {name: record}, indent=2) + "\n")
         print(f"{name:20} {json.dumps(metrics)[:200]}", flush=True)
