@@ -135,6 +135,18 @@ def test_pixels_of_0_and_1_are_warned_of_where_they_are_handed_in(hand_in, small
     assert caught[0].filename == __file__  # the user's line, not one of the library
 
 
+def test_the_page_on_troubles_quotes_what_the_library_says():
+    page = (Path(__file__).parent.parent / "book" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert MESSAGE in page
+    for call, argument in ((lambda: vaelib.image_set(LAST), "pixels"), (lambda: vaelib.fit(
+        vaelib.conditional_vae((3, 32, 32), 10, (8,), 2), vaelib.image_set(LAST.permute(0, 3, 1, 2), name="mine")), "images")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{argument}: got") as caught:
+            call()
+        assert str(caught.value) in page
+    assert "OMP: Error #15" in page
+    assert "KMP_DUPLICATE_LIB_OK" in page
+
+
 def test_the_warning_comes_once_for_a_set_and_all_that_is_done_with_it(small_vae, binary):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -245,8 +257,8 @@ CODES, LABELS = torch.zeros(6, 2), torch.tensor([0, 1, 2, 0, 1, 2])
     (lambda: latent_scatter(CODES, list("abcabc"), "abc"), r"labels: got list \['a', .*expected an int64 tensor"),
     (lambda: latent_scatter(CODES, LABELS, "ab"), "labels: got 2, expected numbers from 0 to 1, one for each of the classes"),
     (lambda: latent_scatter(CODES, LABELS - 1, "abc"), "labels: got -1, expected numbers from 0 to 2"),
-    (lambda: training_curves([]), "history: got 0 finished epochs and skip 0, expected an epoch to show"),
-    (lambda: training_curves([{"epoch": 1}], skip=1), "history: got 1 finished epochs and skip 1"),
+    (lambda: training_curves([]), "history: got one without a finished epoch, expected at least one"),
+    (lambda: training_curves([{"epoch": 1}], skip=1), "skip: got 1, expected less than the 1 epochs"),
     (lambda: vaelib.image_set(LAST.permute(0, 3, 1, 2)[:2], ["cat", "dog"]), r"labels: got list \['cat', 'dog'\], expected whole numbers"),
     (lambda: vaelib.image_set(LAST.permute(0, 3, 1, 2)[:2], [[0], [1, 2]]), "labels: got list .*expected whole numbers"),
     (lambda: score_retrieval(LABELS[None], ["a"], LABELS, 2), "query_labels: got list .*expected the numbers of classes"),
