@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from vaelib.vae import evaluating
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "sample-rows.json"
+VAES = ("VAE", "conv VAE", "VAE given the label")
 SEEDS = (0, 1, 2)  # of a training: weights, order and noise
 DRAWS = (1, 2, 3)  # of the samples
 TEMPERATURES = (0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 2.0, 2.5, 3.0, 4.0)
@@ -32,30 +34,27 @@ SOFTENED = ("VAE, prior", "VAE, mixture", "conv VAE, prior", "conv VAE, mixture"
 N = 10000
 
 
-def train_vaes(seed, images, folder):
-    """The chapter's three VAEs, trained with `seed`; kept in `folder`, with the commit of the training."""
-    train, valid = vaelib.train_valid_split(images, len(images) // 12, seed=0)
-    shape, common = images.image_shape, {"seed": seed, "progress": False}
-    mlp = vaelib.TrainConfig(epochs=20, batch_size=128, learning_rate=5e-3, **common)
-    conv = vaelib.TrainConfig(epochs=5, learning_rate=3e-3, channels_last=True, **common)
-    makers = {
-        "VAE": (lambda: vaelib.mlp_vae(shape, (256,), 20), mlp),
-        "VAE given the label": (lambda: vaelib.conditional_vae(shape, 10, (256,), 20), mlp),
-        "conv VAE": (lambda: vaelib.conv_vae(shape, 20, "bernoulli", channels=(32, 64), activation="relu"), conv),
-    }
-    models = {}
-    for name, (make, config) in makers.items():
-        kept = folder / name.replace(" ", "-")
-        if not (kept / "trained.json").exists():
-            torch.manual_seed(seed)
-            model, began = make(), time.perf_counter()
-            vaelib.fit(model, train, valid, config)
-            vaelib.save(model, kept)
-            trained = {"seconds": round(time.perf_counter() - began, 1), "commit": commit()}
-            write_text(kept / "trained.json", json.dumps(trained))
-            print(f"seed {seed}: {name}, {trained['seconds']} s", flush=True)
-        models[name] = vaelib.load(kept), json.loads((kept / "trained.json").read_text())
-    return models
+def trained(name, seed, images):
+    """One of the chapter's three VAEs, trained with `seed`, and the seconds and the commit of its training; kept under runs/."""
+    folder = ROOT / "runs" / "samples" / str(seed) / name.replace(" ", "-")
+    if not (folder / "trained.json").exists():
+        train, valid = vaelib.train_valid_split(images, len(images) // 12, seed=0)
+        shape, common = images.image_shape, {"seed": seed, "progress": False}
+        config = vaelib.TrainConfig(epochs=20, batch_size=128, learning_rate=5e-3, **common)
+        torch.manual_seed(seed)
+        if name == "VAE":
+            model = vaelib.mlp_vae(shape, (256,), 20)
+        elif name == "VAE given the label":
+            model = vaelib.conditional_vae(shape, 10, (256,), 20)
+        else:
+            model = vaelib.conv_vae(shape, 20, "bernoulli", channels=(32, 64), activation="relu")
+            config = vaelib.TrainConfig(epochs=5, learning_rate=3e-3, channels_last=True, **common)
+        began = time.perf_counter()
+        vaelib.fit(model, train, valid, config)
+        vaelib.save(model, folder)
+        write_text(folder / "trained.json", json.dumps({"seconds": round(time.perf_counter() - began, 1), "commit": commit()}))
+        print(f"seed {seed}: {name} {(folder / 'trained.json').read_text()}", flush=True)
+    return vaelib.load(folder), json.loads((folder / "trained.json").read_text())
 
 
 def contrast(pixels, factor):
@@ -83,7 +82,7 @@ def log_density(prior, z, seed=0):
 def run(seed, images, test):
     """The record of one training of each VAE."""
     began = time.perf_counter()
-    models = train_vaes(seed, images, ROOT / "runs" / "samples" / str(seed))
+    models = {name: trained(name, seed, images) for name in VAES}
     train, _ = vaelib.train_valid_split(images, len(images) // 12, seed=0)
     net = mnist_features()
     real = {"grey": features_of(net, test), "binary": features_of(net, binary_draws(test.pixels, 0))}
@@ -174,9 +173,8 @@ def run(seed, images, test):
         "conv VAE, mixture": elbo["conv VAE"] + gain["conv VAE, mixture"],
     }.items():
         rows[name]["elbo"] = value
-    trained = {name: about for name, (_, about) in models.items()}
     metrics = {"rows": rows, "softness": softness, "temperatures": temperatures}
-    metrics |= {"gain": gain, "gain_standard_error": error, "trained": trained}
+    metrics |= {"gain": gain, "gain_standard_error": error, "trained": {name: about for name, (_, about) in models.items()}}
     seconds = time.perf_counter() - began
     return entry(f"python book/_scripts/sample_rows.py {seed}", seed, seconds, metrics)
 
@@ -187,10 +185,11 @@ def main():
     parser.add_argument("--train-only", action="store_true", help="keep the models, score nothing")
     arguments = parser.parse_args()
     images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
+    if arguments.train_only:
+        for name, seed in product(VAES, arguments.seeds or SEEDS):
+            trained(name, seed, images)
+        return
     for seed in arguments.seeds or SEEDS:
-        if arguments.train_only:
-            train_vaes(seed, images, ROOT / "runs" / "samples" / str(seed))
-            continue
         record = run(seed, images, test)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
         write_text(LEDGER, json.dumps(done | {f"seed-{seed}": record}, indent=2) + "\n")
