@@ -1,59 +1,46 @@
-"""Train the VAEs of the chapter `generation` with other seeds and score their samples: `python book/_scripts/sample_rows.py [seed ...]`.
+"""Train the VAE of the chapter `generation` with other seeds and score its samples: `python book/_scripts/sample_rows.py [seed ...]`.
 
-The chapter shows one training of each model. Here each has three, and each sampler three seeds of its own, so that a difference can be
-held against chance. runs/samples/<seed> keeps the models. Records go to results/sample-rows.json, one for each training, and one,
-"summary", with the mean and the standard deviation over the trainings.
+The chapter shows one training. Here are three, and three seeds of sampling for each, so that a difference can be held against chance.
+runs/samples/<seed> keeps the models. Records go to results/sample-rows.json: one for each training, and "summary", with the mean and the
+standard deviation over the trainings, which is made anew from all records at each call.
 """
 
 import argparse
 import json
+import math
 import statistics
 import time
-from itertools import product
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import vaelib
-from vaelib import noise
 from vaelib.ledger import commit, entry
-from vaelib.priors import fit_mixture, fit_second_stage, posterior_samples
+from vaelib.priors import fit_mixture, posterior_samples
 from vaelib.quality import features_of, frechet_distance, manifold_scores, mnist_features
 from vaelib.storage import write_text
-from vaelib.vae import evaluating
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "sample-rows.json"
-VAES = ("VAE", "conv VAE", "VAE given the label")
 SEEDS = (0, 1, 2)  # of a training: weights, order and noise
 DRAWS = (1, 2, 3)  # of the samples
-TEMPERATURES = (0.6, 0.7, 0.8, 1.0, 1.2, 1.4, 2.0, 2.5, 3.0, 4.0)
-SOFTENED = ("VAE, prior", "VAE, mixture", "conv VAE, prior", "conv VAE, mixture", "reconstructions", "training images")
+TEMPERATURES = (0.7, 1.4, 2.5, 4.0)
 N = 10000
 
 
-def trained(name, seed, images):
-    """One of the chapter's three VAEs, trained with `seed`, and the seconds and the commit of its training; kept under runs/."""
-    folder = ROOT / "runs" / "samples" / str(seed) / name.replace(" ", "-")
+def trained(seed, images):
+    """The chapter's VAE, trained with `seed`, and the seconds and the commit of its training; kept under runs/."""
+    folder = ROOT / "runs" / "samples" / str(seed) / "VAE"
     if not (folder / "trained.json").exists():
         train, valid = vaelib.train_valid_split(images, len(images) // 12, seed=0)
-        shape, common = images.image_shape, {"seed": seed, "progress": False}
-        config = vaelib.TrainConfig(epochs=20, batch_size=128, learning_rate=5e-3, **common)
         torch.manual_seed(seed)
-        if name == "VAE":
-            model = vaelib.mlp_vae(shape, (256,), 20)
-        elif name == "VAE given the label":
-            model = vaelib.conditional_vae(shape, 10, (256,), 20)
-        else:
-            model = vaelib.conv_vae(shape, 20, "bernoulli", channels=(32, 64), activation="relu")
-            config = vaelib.TrainConfig(epochs=5, learning_rate=3e-3, channels_last=True, **common)
-        began = time.perf_counter()
+        model, began = vaelib.mlp_vae(images.image_shape, (256,), 20), time.perf_counter()
+        config = vaelib.TrainConfig(epochs=20, batch_size=128, learning_rate=5e-3, seed=seed, progress=False)
         vaelib.fit(model, train, valid, config)
         vaelib.save(model, folder)
-        write_text(folder / "trained.json", json.dumps({"seconds": round(time.perf_counter() - began, 1), "commit": commit()}))
-        print(f"seed {seed}: {name} {(folder / 'trained.json').read_text()}", flush=True)
+        about = {"seconds": round(time.perf_counter() - began, 1), "commit": commit()}
+        write_text(folder / "trained.json", json.dumps(about))
     return vaelib.load(folder), json.loads((folder / "trained.json").read_text())
 
 
@@ -62,137 +49,107 @@ def contrast(pixels, factor):
     return (255 * (factor * torch.logit(pixels / 255)).sigmoid()).round().to(torch.uint8)
 
 
-def binary_draws(pixels, seed):
-    """Each pixel 255 with the probability level / 255, else 0; the noise belongs to the image."""
-    return 255 * (noise.uniform_noise(noise.image_keys(pixels, seed), pixels.shape[1:], noise.OBSERVE) < pixels / 255).to(
-        torch.uint8
-    )
+def drawn(pixels, seed):
+    """Binary images: each pixel white with the probability level / 255."""
+    uniform = torch.rand(pixels.shape, generator=torch.Generator().manual_seed(seed))
+    return 255 * (uniform < pixels / 255).to(torch.uint8)
 
 
-def log_density(prior, z, seed=0):
-    """log r(z) of codes (N, L) under a fitted prior, nats; for a second stage its ELBO, with ten draws, which is a lower bound."""
-    if hasattr(prior, "roots"):
-        parts = MultivariateNormal(prior.means, scale_tril=prior.roots)
-        return torch.cat([MixtureSameFamily(Categorical(prior.weights), parts).log_prob(part) for part in z.split(1000)])
-    x = ((z - prior.mean) / prior.std)[:, :, None, None]
-    with evaluating(prior.model):
-        return prior.model.elbo(x, 10, generator=torch.Generator().manual_seed(seed)).elbo - prior.std.log().sum()
+def thresholded(pixels):
+    """Binary images: white where the level is at least 128."""
+    return 255 * (pixels >= 128).to(torch.uint8)
 
 
 def run(seed, images, test):
-    """The record of one training of each VAE."""
+    """The record of one training."""
     began = time.perf_counter()
-    models = {name: trained(name, seed, images) for name in VAES}
+    vae, about = trained(seed, images)
     train, _ = vaelib.train_valid_split(images, len(images) // 12, seed=0)
-    net = mnist_features()
-    real = {"grey": features_of(net, test), "binary": features_of(net, binary_draws(test.pixels, 0))}
-    (vae, _), (conditional, _), (conv, _) = models.values()
-    mixture, stage, conv_mixture = fit_mixture(vae, train, 50), fit_second_stage(vae, train), fit_mixture(conv, train, 50)
+    net, mixture = mnist_features(), fit_mixture(vae, train, 50)
+    real = {"grey": test.pixels, "drawn": drawn(test.pixels, 0), "thresholded": thresholded(test.pixels)}
+    real = {kind: features_of(net, pixels) for kind, pixels in real.items()}
+    codes, z = posterior_samples(vae, train), posterior_samples(vae, test)
 
-    def code_seeds(draw):  # one for each label
-        return zip(range(10), range(10 * draw, 10 * draw + 10), strict=True)
+    def any_of(count, draw):
+        return torch.randperm(count, generator=torch.Generator().manual_seed(draw))[:N]
 
-    codes = posterior_samples(vae, train)
     samplers = {
-        "VAE, prior": lambda s: vaelib.generate(vae, N, seed=s),
-        "VAE, prior, T = 0.7": lambda s: vaelib.generate(vae, N, 0.7, seed=s),
-        "VAE, mixture": lambda s: vaelib.generate(vae, N, seed=s, prior=mixture),
-        "VAE, second stage": lambda s: vaelib.generate(vae, N, seed=s, prior=stage),
-        "VAE, codes of training images": lambda s: vaelib.generation.decode_pixels(
-            vae, codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(s))[:N]]
-        ),
-        "VAE given the label": lambda s: torch.cat(
-            [vaelib.generate(conditional.given(y), N // 10, seed=code) for y, code in code_seeds(s)]
-        ),
-        "conv VAE, prior": lambda s: vaelib.generate(conv, N, seed=s),
-        "conv VAE, mixture": lambda s: vaelib.generate(conv, N, seed=s, prior=conv_mixture),
-        "reconstructions": lambda s: vaelib.reconstruct(vae, test.pixels, seed=s),
-        "training images": lambda s: train.pixels[torch.randperm(len(train), generator=torch.Generator().manual_seed(s))[:N]],
+        "VAE, prior": lambda draw: vaelib.generate(vae, N, seed=draw),
+        "VAE, mixture": lambda draw: vaelib.generate(vae, N, seed=draw, prior=mixture),
+        "VAE, codes of training images": lambda draw: vaelib.generation.decode_pixels(vae, codes[any_of(len(codes), draw)]),
+        "reconstructions": lambda draw: vaelib.reconstruct(vae, test.pixels),
+        "training images": lambda draw: train.pixels[any_of(len(train), draw)],
+    }
+    for temperature in TEMPERATURES:
+        samplers[f"VAE, prior, T = {temperature}"] = lambda draw, t=temperature: vaelib.generate(vae, N, t, seed=draw)
+
+    rows, distances = {}, {}  # distances: row -> draw -> kind -> number
+    for name, sampler in samplers.items():
+        row, distances[name] = {}, []
+        for draw in DRAWS if name in ("VAE, prior", "VAE, mixture") else DRAWS[:1]:
+            pixels = sampler(draw)
+            kinds = {"grey": pixels, "drawn": drawn(pixels, draw), "thresholded": thresholded(pixels)}
+            features = {kind: features_of(net, changed) for kind, changed in kinds.items()}
+            distances[name].append({kind: frechet_distance(real[kind], f) for kind, f in features.items()})
+            if draw != DRAWS[0]:
+                continue
+            scores = manifold_scores(real["thresholded"], features["thresholded"])._asdict()
+            row |= {f"{score}_thresholded": value for score, value in scores.items()}
+            if name in ("VAE, prior", "VAE, mixture"):
+                changed = {"times_1": features["grey"]}
+                changed |= {f"times_{factor}": features_of(net, contrast(pixels, factor)) for factor in (0.5, 2)}
+                for change, of_changed in changed.items():  # grey images against grey ones, the logits multiplied
+                    scores = manifold_scores(real["grey"], of_changed)._asdict() | {
+                        "frechet": frechet_distance(real["grey"], of_changed)
+                    }
+                    row |= {f"{score}_{change}": value for score, value in scores.items()}
+        row |= {f"frechet_{kind}": statistics.mean(d[kind] for d in distances[name]) for kind in real}
+        rows[name] = row
+        print(f"seed {seed}: {name:30}" + "".join(f" {kind} {row[f'frechet_{kind}']:6.1f}" for kind in real), flush=True)
+    chance = {
+        name: {kind: statistics.stdev(d[kind] for d in distances[name]) for kind in real} for name in ("VAE, prior", "VAE, mixture")
     }
 
-    def distances(pixels, draw):
-        """Squared Frechet distances, as they are and of binary draws; what of the images is grey."""
-        features = features_of(net, pixels), features_of(net, binary_draws(pixels, draw))
-        return {
-            "frechet": frechet_distance(real["grey"], features[0]),
-            "frechet_binary": frechet_distance(real["binary"], features[1]),
-            "grey": (pixels / 255 * (1 - pixels / 255)).mean().item(),
-        }, features
-
-    rows, of_first = {}, {}
-    for name, sampler in samplers.items():
-        drawn = [distances(sampler(s), s) for s in DRAWS]
-        row = {key: statistics.mean(d[key] for d, _ in drawn) for key in drawn[0][0]}
-        row |= {f"{key}_of_draws": [d[key] for d, _ in drawn] for key in ("frechet", "frechet_binary")}
-        for kind, features in zip(("", "_binary"), drawn[0][1], strict=True):
-            scores = manifold_scores(real["binary" if kind else "grey"], features)._asdict()
-            row |= {key + kind: value for key, value in scores.items()}
-        rows[name] = row
-        of_first[name] = sampler(DRAWS[0])
-        print(f"seed {seed}: {name:30} {row['frechet']:7.1f} {row['frechet_binary']:7.1f}", flush=True)
-
-    softness = {}
-    for name in SOFTENED:
-        pixels = of_first[name]
-        kinds = {"logits halved": contrast(pixels, 0.5), "logits doubled": contrast(pixels, 2)}
-        kinds["thresholded"] = 255 * (pixels >= 128).to(torch.uint8)
-        kinds["blurred"] = F.avg_pool2d(pixels.float(), 3, 1, 1).round().to(torch.uint8)
-        softness[name] = {}
-        for kind, changed in kinds.items():
-            features = features_of(net, changed)
-            scores = {"frechet": frechet_distance(real["grey"], features)}
-            softness[name][kind] = scores | manifold_scores(real["grey"], features)._asdict()
-
-    temperatures = {}
+    parts = MultivariateNormal(mixture.means, scale_tril=mixture.roots)
+    normal = MultivariateNormal(torch.zeros(20), torch.eye(20)).log_prob(z)
+    gain = MixtureSameFamily(Categorical(mixture.weights), parts).log_prob(z) - normal
+    elbo = vaelib.evaluate(vae, test).elbo
+    rows["VAE, prior"]["elbo"], rows["VAE, mixture"]["elbo"] = elbo, elbo + gain.mean().item()
     for temperature in TEMPERATURES:
-        scores, features = distances(vaelib.generate(vae, N, temperature, seed=DRAWS[0]), DRAWS[0])
-        for kind, f in zip(("", "_binary"), features, strict=True):
-            found = manifold_scores(real["binary" if kind else "grey"], f)
-            scores |= {"density" + kind: found.density, "coverage" + kind: found.coverage}
-        temperatures[str(temperature)] = scores
+        wide = MultivariateNormal(torch.zeros(20), temperature**2 * torch.eye(20)).log_prob(z)
+        rows[f"VAE, prior, T = {temperature}"]["elbo"] = elbo + (wide - normal).mean().item()
+    metrics = {"rows": rows, "sampling_sd": chance, "trained": about, "num_images": N, "sampling_seeds": list(DRAWS)}
+    metrics["gain"] = {"mean": gain.mean().item(), "standard_error": gain.std().item() / math.sqrt(len(gain))}
+    return entry(f"python book/_scripts/sample_rows.py {seed}", seed, time.perf_counter() - began, metrics)
 
-    elbo = {name: vaelib.evaluate(model, test).elbo for name, (model, _) in models.items()}
-    z = {"VAE": posterior_samples(vae, test), "conv VAE": posterior_samples(conv, test)}
-    log_prior = {of: MultivariateNormal(torch.zeros(20), torch.eye(20)).log_prob(codes) for of, codes in z.items()}
-    gain, error = {}, {}
-    for name, prior in (("VAE, mixture", mixture), ("VAE, second stage", stage), ("conv VAE, mixture", conv_mixture)):
-        of = name.partition(",")[0]
-        gains = log_density(prior, z[of]) - log_prior[of]
-        gain[name], error[name] = gains.mean().item(), vaelib.evaluation.standard_error(gains)
-    for temperature in TEMPERATURES:
-        wide = MultivariateNormal(torch.zeros(20), temperature**2 * torch.eye(20))
-        gains = wide.log_prob(z["VAE"]) - log_prior["VAE"]
-        temperatures[str(temperature)]["elbo"] = elbo["VAE"] + gains.mean().item()
-    for name, value in {
-        "VAE, prior": elbo["VAE"],
-        "VAE, prior, T = 0.7": temperatures["0.7"]["elbo"],
-        "VAE, mixture": elbo["VAE"] + gain["VAE, mixture"],
-        "VAE, second stage": elbo["VAE"] + gain["VAE, second stage"],
-        "VAE given the label": elbo["VAE given the label"] - torch.log(torch.tensor(10.0)).item(),
-        "conv VAE, prior": elbo["conv VAE"],
-        "conv VAE, mixture": elbo["conv VAE"] + gain["conv VAE, mixture"],
-    }.items():
-        rows[name]["elbo"] = value
-    metrics = {"rows": rows, "softness": softness, "temperatures": temperatures}
-    metrics |= {"gain": gain, "gain_standard_error": error, "trained": {name: about for name, (_, about) in models.items()}}
-    seconds = time.perf_counter() - began
-    return entry(f"python book/_scripts/sample_rows.py {seed}", seed, seconds, metrics)
+
+def summary(records):
+    """The mean and the standard deviation over the trainings of each score of each row."""
+    all_rows = [record["metrics"]["rows"] for record in records]
+    rows = {
+        name: {
+            score: {"mean": statistics.mean(values), "sd": statistics.stdev(values), "low": min(values), "high": max(values)}
+            for score in all_rows[0][name]
+            if (values := [rows[name][score] for rows in all_rows])
+        }
+        for name in all_rows[0]
+    }
+    metrics = {"rows": rows, "trainings": len(records)}
+    return entry("python book/_scripts/sample_rows.py", 0, sum(record["seconds"] for record in records), metrics)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("seeds", nargs="*", type=int, help="trainings to make; default: 0, 1 and 2")
-    parser.add_argument("--train-only", action="store_true", help="keep the models, score nothing")
+    parser.add_argument("seeds", nargs="*", type=int, help="trainings to score; default: 0, 1 and 2")
     arguments = parser.parse_args()
     images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
-    if arguments.train_only:
-        for name, seed in product(VAES, arguments.seeds or SEEDS):
-            trained(name, seed, images)
-        return
     for seed in arguments.seeds or SEEDS:
         record = run(seed, images, test)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
-        write_text(LEDGER, json.dumps(done | {f"seed-{seed}": record}, indent=2) + "\n")
+        done[f"seed-{seed}"] = record
+        records = [value for key, value in sorted(done.items()) if key.startswith("seed-")]
+        done |= {"summary": summary(records)} if len(records) > 1 else {}
+        write_text(LEDGER, json.dumps(done, indent=2) + "\n")
 
 
 if __name__ == "__main__":
