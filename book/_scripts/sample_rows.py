@@ -7,7 +7,6 @@ standard deviation over the trainings, which is made anew from all records at ea
 
 import argparse
 import json
-import math
 import statistics
 import time
 from pathlib import Path
@@ -114,12 +113,13 @@ def run(seed, images, test):
     normal = MultivariateNormal(torch.zeros(20), torch.eye(20)).log_prob(z)
     gain = MixtureSameFamily(Categorical(mixture.weights), parts).log_prob(z) - normal
     elbo = vaelib.evaluate(vae, test).elbo
-    rows["VAE, prior"]["elbo"], rows["VAE, mixture"]["elbo"] = elbo, elbo + gain.mean().item()
+    rows["VAE, prior"]["elbo"] = elbo
+    rows["VAE, mixture"] |= {"elbo": elbo + gain.mean().item(), "gain": gain.mean().item()}
     for temperature in TEMPERATURES:
         wide = MultivariateNormal(torch.zeros(20), temperature**2 * torch.eye(20)).log_prob(z)
         rows[f"VAE, prior, T = {temperature}"]["elbo"] = elbo + (wide - normal).mean().item()
     metrics = {"rows": rows, "sampling_sd": chance, "trained": about, "num_images": N, "sampling_seeds": list(DRAWS)}
-    metrics["gain"] = {"mean": gain.mean().item(), "standard_error": gain.std().item() / math.sqrt(len(gain))}
+    metrics["gain_standard_error"] = vaelib.evaluation.standard_error(gain)
     return entry(f"python book/_scripts/sample_rows.py {seed}", seed, time.perf_counter() - began, metrics)
 
 
