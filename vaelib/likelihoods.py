@@ -390,10 +390,10 @@ class DiscretizedLogisticMixture(Likelihood):
     eq. logistic-mixture-log-prob
 
     p(x) = sum over j of pi_j prod over c of P(x_c; location m_jc + sum over c' < c of a_jcc' x_c', log-scale s_jc): channel c
-    depends linearly on the channels before it. The K * (C + 1)(C + 2) / 2 params of a pixel with C channels are rows of K numbers
+    depends linearly on the channels before it. The J * (C + 1)(C + 2) / 2 params of a pixel with C channels are rows of J numbers
     (one per component), one after the other along the channel axis:
 
-    - 1 row of mixture logits: pi = softmax over k;
+    - 1 row of mixture logits: pi = softmax over j;
     - C rows of locations m, in units of x;
     - C rows of log-scales s, clamped to [-7, 7];
     - C(C - 1)/2 rows of coefficients, a = tanh(row), for (c, c') = (1, 0), (2, 0), (2, 1), (3, 0), ...
