@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from vaelib._validation import check_image_shape, check_int, describe, plain
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import MLPDecoder, MLPEncoder
-from vaelib.objectives import ElboTerms
 from vaelib.vae import VAE, Posterior, check_hidden_dims
 
 
@@ -30,12 +28,7 @@ class ConditionalVAE(VAE):
         decoder: module from z (N, L) and y (N, num_classes), one-hot, to the likelihood's params (N, P*C, H, W).
         likelihood, image_shape, latent_dim, config: as in `VAE`.
         num_classes: how many labels there are, at least 2; a label is an integer from 0 to num_classes - 1.
-
-    Attributes:
-        labels: those that the model is bound to, (N,), or one for all images, (1,); None before `given`.
     """
-
-    needs_labels = True
 
     def __init__(
         self,
@@ -49,10 +42,9 @@ class ConditionalVAE(VAE):
     ) -> None:
         super().__init__(encoder, decoder, likelihood, image_shape, latent_dim, config)
         self.num_classes = check_int("num_classes", num_classes, minimum=2)
-        self.labels: Tensor | None = None
 
-    def given(self, labels: int | Tensor, validate: bool = True) -> ConditionalVAE:
-        """The VAE of p(x given y): the same weights, bound to labels. It has no config: save the model itself.
+    def given(self, labels: int | Tensor | None, validate: bool = True) -> BoundVAE:
+        """The VAE of p(x given y): networks, likelihood and prior are this model's. It has no config: save the model itself.
 
         Args:
             labels: one label for all images, or an int64 tensor (N,) with that of each image. K draws of z for each image meet the
@@ -60,16 +52,14 @@ class ConditionalVAE(VAE):
             validate: whether the labels are checked; without it a tensor is taken as it is.
 
         Raises:
-            ValueError: For labels of another dtype or shape, or outside 0..num_classes - 1.
+            ValueError: For no labels, for labels of another dtype or shape, or outside 0..num_classes - 1.
         """
-        if validate:
-            labels = self.check_labels(labels)
-        bound = copy.copy(self)  # shallow: parameters and modules are shared
-        bound.labels, bound.config, bound.needs_labels = labels, None, False  # type: ignore[assignment]
-        return bound
+        return BoundVAE(self, self.check_labels(labels) if validate or not isinstance(labels, Tensor) else labels)
 
-    def check_labels(self, labels: int | Tensor) -> Tensor:
+    def check_labels(self, labels: int | Tensor | None) -> Tensor:
         """The labels as an int64 tensor (N,); ValueError unless all are labels of this model."""
+        if labels is None:
+            raise ValueError("labels: got none, expected model.given(labels), or an ImageSet with labels: the model is conditional")
         labels = plain(labels)
         single = isinstance(labels, int) and not isinstance(labels, bool)
         if not single and not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1 and len(labels)):
@@ -79,34 +69,42 @@ class ConditionalVAE(VAE):
             raise ValueError(f"labels: got {low if low < 0 else high}, expected labels from 0 to {self.num_classes - 1}")
         return torch.tensor([labels], device="cpu") if isinstance(labels, int) else labels
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, eps: Tensor | None = None, labels: Tensor | None = None, objective: str = "elbo"
-    ) -> ElboTerms:
-        """`VAE.forward` given labels (N,), without a look at their values either."""
-        return VAE.forward(self if labels is None else self.given(labels, validate=False), x, eps, objective)
-
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
-        """q(z given x, y), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L)."""
-        self.check_input(x, validate)
-        mean, log_var = self.encoder(x, self._one_hot(x, "images"))
-        return Posterior(mean.to(x.dtype), log_var.to(x.dtype))
+        """ValueError: only a model that is bound to labels encodes."""
+        return self.given(None).encode(x)
 
     def decode(self, z: Tensor) -> Tensor:
-        """The likelihood's params at z and the labels: (K*N, L) -> (K*N, P, H, W), in the dtype of z."""
-        self.check_code(z)
-        params: Tensor = self.decoder(z, self._one_hot(z, "codes"))
-        return params.to(z.dtype)
+        """ValueError: only a model that is bound to labels decodes."""
+        return self.given(None).decode(z)
 
-    def _one_hot(self, values: Tensor, name: str) -> Tensor:
-        """The label of each of `values`: (M, num_classes), in their dtype."""
-        if self.labels is None:
-            raise ValueError("model: got a conditional VAE, expected model.given(labels), or an ImageSet with labels to work on")
+
+class BoundVAE(VAE):
+    """The VAE of p(x given y) for given labels, see `ConditionalVAE.given`.
+
+    Attributes:
+        labels: (N,), or one for all images, (1,).
+    """
+
+    def __init__(self, model: ConditionalVAE, labels: Tensor) -> None:
+        networks = (GivenLabels(network, labels, model.num_classes, name) for network, name in ((model.encoder, "images"), (model.decoder, "codes")))
+        super().__init__(*networks, model.likelihood, model.image_shape, model.latent_shape, prior=model.prior)
+        self.labels = labels
+
+
+class GivenLabels(nn.Module):
+    """A network of values and their one-hot labels, for labels that are known: (K*N, ...) -> its output."""
+
+    def __init__(self, network: nn.Module, labels: Tensor, num_classes: int, name: str) -> None:
+        super().__init__()
+        self.network, self.labels, self.num_classes, self.name = network, labels, num_classes, name
+
+    def forward(self, values: Tensor) -> Any:
         count, wanted = len(self.labels), len(values)
-        if count > 1 and (wanted % count if name == "codes" else wanted != count):
-            raise ValueError(f"labels: got {count} labels for {wanted} {name}, expected one label, or one for each image")
+        if count > 1 and (wanted % count if self.name == "codes" else wanted != count):
+            raise ValueError(f"labels: got {count} labels for {wanted} {self.name}, expected one label, or one for each image")
         classes = torch.arange(self.num_classes, device=values.device)
         one_hot = self.labels.to(values.device)[:, None] == classes  # not F.one_hot, which may wait for the device
-        return one_hot.to(values.dtype).repeat(wanted // count, 1)
+        return self.network(values, one_hot.to(values.dtype).repeat(wanted // count, 1))
 
 
 class WithLabels(nn.Module):

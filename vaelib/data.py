@@ -106,6 +106,11 @@ class ImageSet:
     labelled: bool = True
     scale_checked: bool = field(default=False, repr=False, compare=False)
 
+    @property
+    def known_labels(self) -> Tensor | None:
+        """The labels, or None where nobody gave any."""
+        return self.labels if self.labelled else None
+
     def __post_init__(self) -> None:
         check_pixels("pixels", self.pixels)
         if not self.scale_checked:

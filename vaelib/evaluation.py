@@ -13,9 +13,10 @@ from torch import Tensor
 from vaelib import noise
 from vaelib._validation import check_int, check_number, plain
 from vaelib.data import ImageSet
+from vaelib.densities import Posterior, kl_divergence
 from vaelib.likelihoods import bits_per_dim
-from vaelib.objectives import gaussian_kl, gaussian_log_density
-from vaelib.vae import VAE, Posterior, evaluating, given_labels, heldout_elbo, reparameterize
+from vaelib.objectives import gaussian_log_density
+from vaelib.vae import VAE, evaluating, given_labels, heldout_elbo
 
 REFINE, ANNEAL, ACCEPT = 3, 4, 5  # streams of noise beside those of `vaelib.noise`: draws for the ascent, z and momenta, acceptance
 FEW_DRAWS = 10  # an estimate on which fewer draws count is not to be relied on
@@ -184,7 +185,7 @@ def annealed_log_likelihood(
     transition of Hamiltonian Monte Carlo at each t (Neal 2001; Wu, Burda, Salakhutdinov and Grosse 2017). The encoder is not used, so
     this checks `log_likelihood`. It is a lower bound in expectation, tighter with more steps and chains. For that the step size must
     not follow the chain that it moves: `PILOTS` more chains adapt it towards 65 % acceptance, for each image, and are left out.
-    A model of several layers is annealed in the noise that `VAE.sample_prior` makes z of. The noise belongs to the image.
+    Where the prior has ``from_noise``, chains move in that noise, else in z. The noise belongs to the image.
 
     Args:
         num_steps: steps from t = 0 to 1.
@@ -209,36 +210,56 @@ def annealed_log_likelihood(
 
 
 def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chains: int, leapfrog_steps: int) -> Tensor:
-    """The log-weight of each chain, float64 (num_chains, N), on the CPU."""
-    chains, dim = PILOTS + num_chains, model.latent_dim
+    """The log-weight of each chain, float64 (num_chains, N), on the CPU. Chains move in u: the noise that z is made of, or z itself."""
+    chains, dim, prior = PILOTS + num_chains, model.latent_dim, model.prior
+    from_noise = getattr(prior, "from_noise", None)
 
     def normal(step: int) -> Tensor:  # (chains, N, L)
         return noise.normal_noise(keys, (chains, dim), ANNEAL, step * chains * dim).transpose(0, 1).to(x)
 
-    def score(z: Tensor) -> tuple[Tensor, Tensor]:
+    def score(u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x given z), (chains, N), and its gradient (chains, N, L)."""
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            value = model._score(x, model.decode(model.sample_prior(z.flatten(0, 1))))
-            return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+            u = u.detach().requires_grad_()
+            value = model.log_likelihood(x, u if from_noise is None else from_noise(u.flatten(0, 1)).view_as(u))
+            return value.detach(), torch.autograd.grad(value.sum(), u)[0]
 
-    z = normal(0)
-    value, gradient = score(z)
+    def energy_of(u: Tensor, momentum: Tensor) -> Tensor:
+        """Minus the log-density of u under its prior and of the momentum, up to a constant: (chains, N)."""
+        if from_noise is not None:
+            return 0.5 * (u.square() + momentum.square()).sum(-1)
+        energy: Tensor = 0.5 * momentum.square().sum(-1) - prior.log_prob(u)
+        return energy
+
+    def pull(u: Tensor) -> Tensor:
+        """The gradient of u's log-density under its prior: (chains, N, L)."""
+        if from_noise is not None:
+            return -u
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            return torch.autograd.grad(prior.log_prob(u).sum(), u)[0]
+
+    if from_noise is not None:
+        u = normal(0)
+    else:  # each image has a generator of its own
+        own = (torch.Generator().manual_seed(key) for key in keys.tolist())
+        u = torch.stack([prior.sample(chains, generator=generator).to(x) for generator in own], dim=1)
+    value, gradient = score(u)
     step_size = torch.full_like(x[:, :1, 0, 0], 0.5)  # (N, 1)
     log_weights = torch.zeros(num_chains, len(x), dtype=torch.float64, device="cpu")  # on the CPU: MPS has no float64
     for step, (before, t) in enumerate(pairwise(schedule)):
         log_weights += (t - before) * value[PILOTS:].cpu().double()
-        new, new_value, new_gradient, momentum = z, value, gradient, normal(step + 1)
-        energy = 0.5 * (z.square() + momentum.square()).sum(-1) - t * value
+        new, new_value, new_gradient, momentum = u, value, gradient, normal(step + 1)
+        energy = energy_of(u, momentum) - t * value
         for _ in range(leapfrog_steps):
-            momentum = momentum + 0.5 * step_size * (t * new_gradient - new)
+            momentum = momentum + 0.5 * step_size * (t * new_gradient + pull(new))
             new = new + step_size * momentum
             new_value, new_gradient = score(new)
-            momentum = momentum + 0.5 * step_size * (t * new_gradient - new)
-        new_energy = 0.5 * (new.square() + momentum.square()).sum(-1) - t * new_value
+            momentum = momentum + 0.5 * step_size * (t * new_gradient + pull(new))
+        new_energy = energy_of(new, momentum) - t * new_value
         acceptance = (energy - new_energy).exp().clamp(max=1).nan_to_num(0)  # (chains, N); NaN where the path diverged
         moved = acceptance > noise.uniform_noise(keys, (chains,), ACCEPT, step * chains).T
-        z, gradient = (torch.where(moved[..., None], *pair) for pair in ((new, z), (new_gradient, gradient)))
+        u, gradient = (torch.where(moved[..., None], *pair) for pair in ((new, u), (new_gradient, gradient)))
         value = torch.where(moved, new_value, value)
         step_size = step_size * (0.3 * (acceptance[:PILOTS].mean(0) - 0.65)).exp()[:, None]
     return log_weights
@@ -261,34 +282,38 @@ def refine_posterior(
         validate: whether the values of x are checked.
 
     Raises:
-        ValueError: For a model whose prior is not N(0, I) in one piece, such as a hierarchical one.
+        ValueError: For a model whose q is not one diagonal Gaussian for each image, such as a hierarchical one.
     """
     check_int("steps", steps, minimum=0)
     check_number("learning_rate", learning_rate, exclusive=True)
-    shape = (check_int("num_samples", num_samples), model.latent_dim)
+    check_int("num_samples", num_samples)
     with evaluating(model):
-        _, posterior, prior = model.infer(x, 1, x.new_zeros(1, len(x), model.latent_dim), None, validate)
-        if prior is not None:
-            raise ValueError("model: got one with a learned prior, expected one whose prior is N(0, I)")
+        start = model.draw(x, 1, x.new_zeros(1, len(x), model.latent_dim), validate=validate).gaussian("a refined one")
         keys = noise.image_keys(x.contiguous().view(torch.uint8), seed)
-        q = Posterior(*(value[0].clone().requires_grad_() for value in posterior))
+        q = Posterior(*(value.clone().requires_grad_() for value in start))
+
+        def elbo(q: Posterior, count: int, at: int) -> Tensor:
+            """(N,), from `count` draws of each image, with noise from place `at` on."""
+            eps = noise.normal_noise(keys, (count, model.latent_dim), REFINE, at).transpose(0, 1).to(x)
+            z = q.sample(eps)
+            return model.log_likelihood(x, z).mean(0) - mean_kl(q, model.prior, z)
+
         optimizer = torch.optim.Adam(q, betas=(0.9, 0.95))  # a short memory: the first gradients may be huge
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps) ** 2
-            eps = noise.normal_noise(keys, shape, REFINE, step * math.prod(shape)).transpose(0, 1).to(x)
             with torch.enable_grad():
-                z = reparameterize(q.mean.expand_as(eps), q.log_var.expand_as(eps), eps)
-                negative_elbo = gaussian_kl(*q) - model._log_likelihood(x, z).mean(0)
-                q.mean.grad, q.log_var.grad = torch.autograd.grad(negative_elbo.sum(), q)
+                objective = elbo(q, num_samples, step * num_samples * model.latent_dim).sum()
+                q.mean.grad, q.log_var.grad = (-gradient for gradient in torch.autograd.grad(objective, q))
             optimizer.step()
-        eps = noise.normal_noise(keys, (64, model.latent_dim), REFINE, steps * math.prod(shape)).transpose(0, 1).to(x)
-        start = Posterior(*(value[0] for value in posterior))
-        ends = []
-        for mean, log_var in (start, q):
-            z = reparameterize(mean.expand_as(eps), log_var.expand_as(eps), eps)
-            ends.append(model._log_likelihood(x, z).mean(0) - gaussian_kl(mean, log_var))
+        ends = [elbo(density, 64, steps * num_samples * model.latent_dim) for density in (start, q)]
         better = (ends[1] > ends[0])[:, None]  # False where the ascent diverged
     return Posterior(*(torch.where(better, new.detach(), old) for new, old in zip(q, start, strict=True)))
+
+
+def mean_kl(q: Posterior, p: Any, z: Tensor) -> Tensor:
+    """KL(q || p) of each image, (N,), nats: closed form, or the mean over the draws z (K, N, L)."""
+    kl = kl_divergence(q, p, z).mean(0)
+    return kl.sum(1) if kl.dim() == 2 else kl
 
 
 class InferenceGaps(NamedTuple):
@@ -340,7 +365,7 @@ def inference_gaps(
         batch_size: images per chunk; batch_size * sample_batch codes are decoded at once. The result depends on neither number.
 
     Raises:
-        ValueError: If the model's score is no likelihood, or its prior is not N(0, I) in one piece.
+        ValueError: If the model's score is no likelihood, or its q is not one diagonal Gaussian for each image.
     """
     num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
@@ -348,18 +373,17 @@ def inference_gaps(
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
             proposals = (bound.encode(x), refine_posterior(bound, x, steps, learning_rate, seed=seed, validate=False))
-            elbos = [-gaussian_kl(*q).cpu().double() for q in proposals]
+            elbos = [torch.zeros(len(x), dtype=torch.float64, device="cpu") for _ in proposals]
             total = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")
             for start in range(0, num_samples, sample_batch):
                 shape = (min(sample_batch, num_samples - start), model.latent_dim)
                 eps = noise.normal_noise(keys, shape, noise.LATENT, start * model.latent_dim).transpose(0, 1).to(x)
                 for side, q in enumerate(proposals):
-                    z = reparameterize(q.mean.expand_as(eps), q.log_var.expand_as(eps), eps)
-                    log_likelihood = bound._log_likelihood(x, z)
-                    elbos[side] += log_likelihood.cpu().double().sum(0) / num_samples
-                    densities = [gaussian_log_density(z, *(value.expand_as(z) for value in p)) for p in proposals]
-                    log_prior = gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z))
-                    log_weights = log_likelihood + log_prior - torch.logaddexp(*densities)  # twice the mixture's density
+                    z = q.sample(eps)
+                    log_likelihood, kl = bound.log_likelihood(x, z), mean_kl(q, bound.prior, z).cpu().double()
+                    elbos[side] += log_likelihood.cpu().double().sum(0) / num_samples - kl * (len(eps) / num_samples)
+                    mixture = torch.logaddexp(*(proposal.log_prob(z) for proposal in proposals))  # twice the mixture's density
+                    log_weights = log_likelihood + bound.prior.log_prob(z) - mixture
                     total = torch.logaddexp(total, torch.logsumexp(log_weights, 0).cpu().double())
             chunks.append((*elbos, total - math.log(num_samples)))  # K draws of each q, weights of half the size: 2 cancels
     return InferenceGaps(*(torch.cat(values).float() for values in zip(*chunks, strict=True)))
@@ -401,7 +425,11 @@ def kl_per_unit(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, s
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
-            total += bound.elbo(x, 1, eps, validate=False).kl_per_unit.sum(0).cpu().double()  # type: ignore[union-attr]
+            terms = bound.elbo(x, 1, eps, validate=False)
+            if terms.kl_per_unit is None:
+                expected = "a pair whose KL is closed form, see vaelib.densities.register_kl"
+                raise ValueError(f"model: got one whose KL to the prior {type(model.prior).__name__} has no units, expected {expected}")
+            total += terms.kl_per_unit.sum(0).cpu().double()
     return (total / len(images)).float()
 
 
@@ -422,26 +450,24 @@ def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2
     The mutual information cannot exceed log N. Hoffman and Johnson 2016. eq. aggregate-posterior, eq. rate-decomposition
 
     Raises:
-        ValueError: For a model whose prior is not N(0, I) in one piece, such as a hierarchical one.
+        ValueError: For a model whose q is not one diagonal Gaussian for each image, such as a hierarchical one.
     """
-    drawn: tuple[list[Tensor], ...] = ([], [], [])
+    drawn: tuple[list[Tensor], ...] = ([], [], [], [])
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, 1000, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
-            z, posterior, prior = bound.infer(x, 1, eps, None, False)
-            if prior is not None:
-                raise ValueError("model: got one with a learned prior, expected one whose prior is N(0, I)")
-            for kept, value in zip(drawn, (*posterior, z), strict=True):
-                kept.append(value[0].cpu().double())
-    mean, log_var, z = (torch.cat(kept) for kept in drawn)
+            draw = bound.draw(x, 1, eps, validate=False)
+            q = draw.gaussian("the rate decomposition")
+            for kept, value in zip(drawn, (*q, draw.z[0], draw.p.log_prob(draw.z)[0]), strict=True):
+                kept.append(value.cpu().double())
+    mean, log_var, z, log_prior = (torch.cat(kept) for kept in drawn)
     chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(int(seed)), device="cpu")[: check_int("num_draws", num_draws)]
     precision = (-log_var).exp()
     constant = (mean.square() * precision + log_var).sum(1) + model.latent_dim * math.log(2 * math.pi)  # (N,)
-    own, marginal, under_prior = [], [], []
+    own, marginal = [], []
     for these in chosen.split(200):
         squares = z[these].square() @ precision.T - 2 * z[these] @ (mean * precision).T + constant  # -2 log q(z_m given x_n), (M, N)
         marginal.append(torch.logsumexp(-0.5 * squares, 1) - math.log(len(z)))
         own.append(gaussian_log_density(z[these], mean[these], log_var[these]))
-        under_prior.append(gaussian_log_density(z[these], torch.zeros_like(z[these]), torch.zeros_like(z[these])))
-    information, gap = torch.cat(own) - torch.cat(marginal), torch.cat(marginal) - torch.cat(under_prior)
+    information, gap = torch.cat(own) - torch.cat(marginal), torch.cat(marginal) - log_prior[chosen]
     return RateDecomposition(information.mean().item(), gap.mean().item(), standard_error(information), standard_error(gap))

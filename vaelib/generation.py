@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib import noise
 from vaelib._validation import check_choice, check_int, check_number, check_pixels, check_seed, describe, warn_of_scale
 from vaelib.data import ImageSet
 from vaelib.evaluation import kl_per_unit, posterior_means
@@ -35,7 +34,7 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
         temperature: factor on the prior's standard deviation; below 1 the samples are more typical and less varied.
         seed: same seed, same images, up to rounding: image i depends on the seed and on i, not on `num_images`. None draws anew each time.
         prior: what z comes from; None is the model's own prior. Else what `fit_mixture` or `fit_second_stage` of `vaelib.priors` gives,
-            or any object with a method ``sample(num, temperature, generator)`` that gives z (num, L).
+            or any object with a method ``sample(num, generator)`` that gives z (num, L), and takes a temperature if you ask for one.
 
     Example:
         >>> import vaelib
@@ -46,15 +45,12 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
     check_int("num_images", num_images)
     check_number("temperature", temperature)
     generator = None if seed is None else torch.Generator().manual_seed(check_seed("seed", seed))
-    if prior is None:
-        eps = temperature * noise.normal_rows(num_images, model.latent_dim, generator)
-        with evaluating(model):
-            z = torch.cat([model.sample_prior(part.to(model.device)) for part in eps.split(CHUNK)])
-    elif hasattr(prior, "sample"):
-        z = prior.sample(num_images, temperature, generator)
-        model.check_code(z, "prior")
-    else:
+    prior = model.prior if prior is None else prior
+    if not hasattr(prior, "sample"):
         raise ValueError(f"prior: got {describe(prior)}, expected None or an object with a method sample")
+    with evaluating(model):
+        z = prior.sample(num_images, generator=generator, **({} if temperature == 1 else {"temperature": temperature}))
+    model.check_code(z, "prior")
     return decode_pixels(model, z)
 
 

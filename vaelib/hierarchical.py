@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from vaelib import noise
 from vaelib._validation import check_choice, check_image_shape, check_int, describe
+from vaelib.densities import Draw, Posterior, joined, kl_divergence
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ACTIVATIONS, BottomUp, MLPDecoder, MLPEncoder, TopDown, check_depth, enlarged, halvings
-from vaelib.objectives import gaussian_kl_per_unit
-from vaelib.vae import VAE, Posterior, check_hidden_dims, reparameterize
+from vaelib.vae import VAE, check_hidden_dims
 
 
 class HierarchicalVAE(VAE):
@@ -36,7 +37,6 @@ class HierarchicalVAE(VAE):
         latent_shapes: (channels, height, width) of each group.
     """
 
-    layered = True
     encoder: BottomUp
     decoder: TopDown
 
@@ -48,81 +48,110 @@ class HierarchicalVAE(VAE):
         image_shape: Sequence[int],
         config: dict[str, Any] | None = None,
     ) -> None:
-        latent_shapes = [group.latent_shape for group in decoder.groups]
-        super().__init__(encoder, decoder, likelihood, image_shape, sum(map(math.prod, latent_shapes)), config)
-        self.latent_shapes = latent_shapes
+        dim = sum(decoder.latent_dims)
+        super().__init__(encoder, decoder, likelihood, image_shape, dim, config, TopDownPrior(decoder, dim))
+        self.latent_shapes = [group.latent_shape for group in decoder.groups]
 
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
         """q along the path on which each z_l is its posterior's mean: deterministic, mean and log_var, each (N, L)."""
         self.check_input(x, validate)
-        return self._top_down(x.new_zeros(len(x), self.latent_dim), self.encoder(x))[2]
+        return top_down(self.decoder, x.new_zeros(len(x), self.latent_dim), self.encoder(x)).q
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's params at z, the latents of all groups: (N, L) -> (N, P, H, W), in the dtype of z."""
         self.check_code(z)
-        params: Tensor = self.decoder(self._top_down(z, draw=False)[0])
+        params: Tensor = self.decoder(top_down(self.decoder, z, given=True).h)
         return params.to(z.dtype)
 
-    def sample_prior(self, eps: Tensor) -> Tensor:
-        """z from p(z), group by group, made of standard normal noise: (N, L) -> (N, L)."""
-        self.check_code(eps, "eps")
-        return self._top_down(eps)[1]
-
-    def infer(
-        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
-    ) -> tuple[Tensor, Posterior, Posterior]:
-        """z (K, N, L) drawn from q, the q that it came from, and the prior that it meets, each (K, N, L)."""
-        return self._infer(x, num_samples, eps, generator, validate)[1:]
-
-    def _infer_and_score(
-        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
-    ) -> tuple[Tensor, Tensor, Posterior, Posterior]:
-        h, z, posterior, prior = self._infer(x, num_samples, eps, generator, validate)
-        return self._score(x, self.decoder(h).to(z.dtype)), z, posterior, prior
-
-    def _infer(
-        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
-    ) -> tuple[Tensor, Tensor, Posterior, Posterior]:
-        """The last state h of the pass that draws z (K*N, width, h, w), and what `infer` gives."""
+    def draw(
+        self,
+        x: Tensor,
+        num_samples: int = 1,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        validate: bool = True,
+    ) -> Draw:
+        """Codes drawn from q, and what they meet, see `VAE.draw`: q and p are the Gaussians along the path of each draw, (K, N, L)."""
         self.check_input(x, validate)
-        eps = self._noise(x, num_samples, eps, generator)
-        h, z, posterior, prior = self._top_down(eps.flatten(0, 1), self.encoder(x))
-        return h, z.view_as(eps), Posterior(*(t.view_as(eps) for t in posterior)), Posterior(*(t.view_as(eps) for t in prior))
-
-    def _top_down(
-        self, code: Tensor, features: list[Tensor] | None = None, draw: bool = True
-    ) -> tuple[Tensor, Tensor, Posterior, Posterior]:
-        """One pass through the groups.
-
-        Args:
-            code: (M, L): the standard normal noise that z is drawn with, or z itself where `draw` is False.
-            features: of N images, from the bottom-up pass; M is a multiple of N. z is then drawn from q, without them from the prior.
-
-        Returns:
-            The last state h, then z, q (the prior where there are no features) and the prior, each (M, L) in the dtype of `code`.
-        """
-        h = self.decoder.constant.expand(len(code), -1, -1, -1)
-        parts, posteriors, priors = [], [], []
-        for group, part in zip(self.decoder.groups, code.split([math.prod(s) for s in self.latent_shapes], dim=1), strict=True):
-            h = enlarged(h, group.latent_shape[1:])
-            mean, log_var, change = group.prior(h)
-            prior = posterior = Posterior(mean.to(code.dtype), log_var.to(code.dtype))
-            if features is not None:
-                seen = features[group.level]
-                mean, log_var = group.posterior(h, seen if len(seen) == len(h) else seen.repeat(len(h) // len(seen), 1, 1, 1))
-                posterior = Posterior(mean.to(code.dtype), log_var.to(code.dtype))
-            z = reparameterize(*posterior, part) if draw else part
-            h = group(h + change, z)
-            parts.append(z)
-            posteriors.append(posterior)
-            priors.append(prior)
-        return h, torch.cat(parts, dim=1), joined(posteriors), joined(priors)
+        eps = self.noise_for(x, num_samples, eps, generator)
+        path = top_down(self.decoder, eps.flatten(0, 1), self.encoder(x))
+        z = path.z.view_as(eps)
+        q, p = (Posterior(*(statistic.view_as(eps) for statistic in density)) for density in (path.q, path.p))
+        return Draw(z, self.score(x, self.decoder(path.h).to(z.dtype)), q, p, kl_divergence(q, p, z))
 
 
-def joined(groups: Sequence[Posterior]) -> Posterior:
-    """The groups' means and log-variances, one group after the other."""
-    mean, log_var = (torch.cat(statistic, dim=1) for statistic in zip(*groups, strict=True))
-    return Posterior(mean, log_var)
+class Path(NamedTuple):
+    """What a pass through the groups gives: the last state h, and z, its posterior and its prior, each (M, L)."""
+
+    h: Tensor
+    z: Tensor
+    q: Posterior
+    p: Posterior
+
+
+def top_down(decoder: TopDown, code: Tensor, features: list[Tensor] | None = None, given: bool = False) -> Path:
+    """One pass through the groups.
+
+    Args:
+        code: (M, L): the standard normal noise that z is drawn with, or z itself where it is `given`.
+        features: of N images, from the bottom-up pass; M is a multiple of N. z is then drawn from q, without them from the prior,
+            which then stands for q too.
+
+    Returns:
+        z and the densities in the dtype of `code`.
+    """
+    h = decoder.constant.expand(len(code), -1, -1, -1)
+    parts, posteriors, priors = [], [], []
+    for group, part in zip(decoder.groups, code.split(decoder.latent_dims, dim=1), strict=True):
+        h = enlarged(h, group.latent_shape[1:])
+        mean, log_var, change = group.prior(h)
+        prior = posterior = Posterior(mean.to(code.dtype), log_var.to(code.dtype))
+        if features is not None:
+            seen = features[group.level]
+            mean, log_var = group.posterior(h, seen if len(seen) == len(h) else seen.repeat(len(h) // len(seen), 1, 1, 1))
+            posterior = Posterior(mean.to(code.dtype), log_var.to(code.dtype))
+        z = part if given else posterior.sample(part)
+        h = group(h + change, z)
+        parts.append(z)
+        posteriors.append(posterior)
+        priors.append(prior)
+    return Path(h, torch.cat(parts, dim=1), joined(posteriors), joined(priors))
+
+
+class LayeredPrior:
+    """The prior of a model with several layers of latents. Its weights are those of `network`, the model's decoder."""
+
+    def __init__(self, network: nn.Module, dim: int) -> None:
+        self.network, self.dim = network, dim
+
+    def along(self, code: Tensor, given: bool) -> tuple[Tensor, Posterior]:
+        """z and the Gaussian that each layer meets given those above, (M, L), of the noise that z is made of, or of z itself."""
+        raise NotImplementedError
+
+    def from_noise(self, eps: Tensor) -> Tensor:
+        """z made of standard normal noise, layer by layer: (M, L) -> (M, L)."""
+        return self.along(eps, given=False)[0]
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z): (K, N, L) -> (K, N), nats."""
+        flat = z.flatten(0, -2)
+        return self.along(flat, given=True)[1].log_prob(flat).view(z.shape[:-1])
+
+    def sample(self, num: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """z (num, L), where the weights are; row i does not depend on `num`. `temperature` is a factor on each layer's deviation."""
+        eps = temperature * noise.normal_rows(check_int("num", num), self.dim, generator)
+        device = next(self.network.parameters()).device
+        return torch.cat([self.from_noise(part.to(device)) for part in eps.split(500)])
+
+
+class TopDownPrior(LayeredPrior):
+    """The prior of a `HierarchicalVAE`."""
+
+    network: TopDown
+
+    def along(self, code: Tensor, given: bool) -> tuple[Tensor, Posterior]:
+        path = top_down(self.network, code, given=given)
+        return path.z, path.p
 
 
 def hierarchical_vae(
@@ -198,7 +227,6 @@ class TwoLayerVAE(VAE):
         likelihood, image_shape, config: as in `VAE`.
     """
 
-    layered = True
     encoder: nn.ModuleList
     decoder: nn.ModuleList
 
@@ -211,8 +239,9 @@ class TwoLayerVAE(VAE):
         latent_dims: Sequence[int],
         config: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(encoder, decoder, likelihood, image_shape, sum(latent_dims), config)
-        self.split = tuple(latent_dims)[::-1]
+        split = tuple(latent_dims)[::-1]
+        super().__init__(encoder, decoder, likelihood, image_shape, sum(split), config, TwoLayerPrior(decoder, split))
+        self.split = split
 
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
         """q along the path on which h1 is its posterior's mean: deterministic, mean and log_var, each (N, L)."""
@@ -226,33 +255,48 @@ class TwoLayerVAE(VAE):
         params: Tensor = self.decoder[1](z.split(self.split, dim=1)[1])
         return params.to(z.dtype)
 
-    def sample_prior(self, eps: Tensor) -> Tensor:
-        """z from p(z), made of standard normal noise: (N, L) -> (N, L)."""
-        self.check_code(eps, "eps")
-        h2, noise = eps.split(self.split, dim=1)
-        return torch.cat([h2, reparameterize(*Posterior(*self.decoder[0](h2)), noise)], dim=1)
-
-    def infer(
-        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
-    ) -> tuple[Tensor, Posterior, Posterior]:
-        """z (K, N, L) drawn from q, the q that it came from, and the prior that it meets, each (K, N, L)."""
+    def draw(
+        self,
+        x: Tensor,
+        num_samples: int = 1,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        validate: bool = True,
+    ) -> Draw:
+        """Codes drawn from q, and what they meet, see `VAE.draw`: q and p are the Gaussians along the path of each draw, (K, N, L)."""
         self.check_input(x, validate)
-        eps = self._noise(x, num_samples, eps, generator)
-        noise2, noise1 = eps.flatten(0, 1).split(self.split, dim=1)
-        below = Posterior(*(statistic.repeat(num_samples, 1).to(eps.dtype) for statistic in self.encoder[0](x)))
-        h1 = reparameterize(*below, noise1)
-        top = Posterior(*(statistic.to(eps.dtype) for statistic in self.encoder[1](h1)))
-        h2 = reparameterize(*top, noise2)
-        prior = Posterior(*(statistic.to(eps.dtype) for statistic in self.decoder[0](h2)))
-        posterior, prior = joined([top, below]), joined([Posterior(*(torch.zeros_like(h2),) * 2), prior])
-        posterior, prior = (Posterior(*(statistic.view_as(eps) for statistic in pair)) for pair in (posterior, prior))
-        return torch.cat([h2, h1], dim=1).view_as(eps), posterior, prior
+        eps = self.noise_for(x, num_samples, eps, generator)
+        noise2, noise1 = eps.split(self.split, dim=2)
+        below = Posterior(*(statistic.repeat(num_samples, 1).view_as(noise1).to(eps.dtype) for statistic in self.encoder[0](x)))
+        h1 = below.sample(noise1)
+        above = Posterior(*(statistic.view_as(noise2).to(eps.dtype) for statistic in self.encoder[1](h1.flatten(0, 1))))
+        z = torch.cat([above.sample(noise2), h1], dim=2)
+        q, p = joined([above, below]), Posterior(*(statistic.view_as(z) for statistic in self.prior.along(z.flatten(0, 1), given=True)[1]))
+        (_, p1), zero = p.split(self.split), torch.zeros_like(noise2)
+        closed, drawn = kl_divergence(above, Posterior(zero, zero), z), log_ratio_per_unit(h1, below, p1)
+        return Draw(z, self.log_likelihood(x, z), q, p, torch.cat([closed, drawn], dim=2))
 
-    def _kl_per_unit(self, z: Tensor, posterior: Posterior, prior: Posterior | None) -> Tensor:
-        (top_mean, mean), (top_log_var, log_var) = (statistic.split(self.split, dim=2) for statistic in posterior)
-        at, prior_mean, prior_log_var = (statistic.split(self.split, dim=2)[1] for statistic in (z, *prior))  # type: ignore[misc]  # never None here
-        squares = (at - prior_mean) ** 2 * (-prior_log_var).exp() - (at - mean) ** 2 * (-log_var).exp()
-        return torch.cat([gaussian_kl_per_unit(top_mean, top_log_var), 0.5 * (squares + prior_log_var - log_var)], dim=2)
+
+def log_ratio_per_unit(z: Tensor, q: Posterior, p: Posterior) -> Tensor:
+    """log q(z) - log p(z) of each unit: (..., L), nats."""
+    squares = (z - p.mean) ** 2 * (-p.log_var).exp() - (z - q.mean) ** 2 * (-q.log_var).exp()
+    return 0.5 * (squares + p.log_var - q.log_var)
+
+
+class TwoLayerPrior(LayeredPrior):
+    """The prior of a `TwoLayerVAE`: N(0, I) over h2, a network's Gaussian over h1."""
+
+    network: nn.ModuleList
+
+    def __init__(self, network: nn.ModuleList, split: Sequence[int]) -> None:
+        super().__init__(network, sum(split))
+        self.split = split
+
+    def along(self, code: Tensor, given: bool) -> tuple[Tensor, Posterior]:
+        h2, part = code.split(self.split, dim=1)
+        p1 = Posterior(*(statistic.to(code.dtype) for statistic in self.network[0](h2)))
+        z = code if given else torch.cat([h2, p1.sample(part)], dim=1)
+        return z, joined([Posterior(torch.zeros_like(h2), torch.zeros_like(h2)), p1])
 
 
 def two_layer_vae(

@@ -6,12 +6,15 @@ Reduction over the batch happens once, in `loss`, where the optimizer needs a sc
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vaelib._validation import check_number, check_same_shape, describe
+
+if TYPE_CHECKING:
+    from vaelib.densities import Draw
 
 
 class ElboTerms(NamedTuple):
@@ -128,23 +131,20 @@ def check_log_weights(log_weights: Tensor) -> None:
         raise ValueError(f"log_weights: got {describe(log_weights)}, expected shape (K, N) with K >= 1")
 
 
-def doubly_reparameterized_bound(log_likelihood: Tensor, z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+def doubly_reparameterized_bound(draw: Draw) -> Tensor:
     """`importance_weighted_bound`, with the gradient that keeps its signal as K grows: (N,), nats. eq. doubly-reparameterized-gradient
 
-    The decoder's gradient is the usual one, with the normalized weights w_k. To the encoder the gradient flows through z_k alone
-    (the density q is a constant there), with w_k squared. Its mean is the same and its noise smaller: "DReG",
+    The gradient of decoder and prior is the usual one, with the normalized weights w_k. To the encoder the gradient flows through z_k
+    alone (the density q is a constant there), with w_k squared. Its mean is the same and its noise smaller: "DReG",
     Tucker, Lawson, Gu and Maddison 2019.
 
-    Args:
-        log_likelihood: log p(x given z_k), (K, N), nats.
-        z: draws of q, (K, N, L), which the log-likelihood was computed from; the prior is N(0, I).
-        mean, log_var: of q, (1, N, L).
+    Raises:
+        ValueError: Unless q is one diagonal Gaussian for each image.
     """
-    mean, log_var, zero = (value.detach().expand_as(z) for value in (mean, log_var, torch.zeros_like(z)))
-    log_weights = log_likelihood + gaussian_log_density(z, zero, zero) - gaussian_log_density(z, mean, log_var)
-    if z.requires_grad:
+    log_weights = draw._replace(q=draw.gaussian("the objective 'dreg'").detach()).log_weights
+    if draw.z.requires_grad:
         weights = log_weights.detach().softmax(0)[..., None]
-        z.register_hook(lambda gradient: weights * gradient)
+        draw.z.register_hook(lambda gradient: weights * gradient)
     return importance_weighted_bound(log_weights)
 
 

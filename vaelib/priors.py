@@ -28,7 +28,7 @@ def posterior_samples(model: VAE, images: ImageSet | Tensor, batch_size: int = 1
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)  # (1, N, L)
-            codes.append(bound.infer(x, 1, eps, None, False)[0][0].cpu())
+            codes.append(bound.draw(x, 1, eps, validate=False).z[0].cpu())
     return torch.cat(codes)
 
 
@@ -55,7 +55,12 @@ class MixturePrior(NamedTuple):
     means: Tensor
     roots: Tensor
 
-    def sample(self, num: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log of the mixture's density: (..., L) -> (...), nats."""
+        components = torch.distributions.MultivariateNormal(self.means.to(z), scale_tril=self.roots.to(z))
+        return torch.logsumexp(self.weights.to(z).log() + components.log_prob(z[..., None, :]), -1)
+
+    def sample(self, num: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """`num` codes (num, L); `temperature` is a factor on the standard deviation of each component."""
         coin, eps = noise.normal_rows(check_int("num", num), 1 + self.means.shape[1], generator).split([1, self.means.shape[1]], dim=1)
         edges = self.weights.double().cumsum(0)[:-1]
@@ -100,7 +105,7 @@ class SecondStagePrior(NamedTuple):
     mean: Tensor
     std: Tensor
 
-    def sample(self, num: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, num: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """`num` codes (num, L); `temperature` is a factor on the standard deviation of u and of z given u."""
         u, eps = (temperature * noise.normal_rows(check_int("num", num), 2 * len(self.mean), generator)).chunk(2, dim=1)
         with evaluating(self.model):

@@ -1,4 +1,4 @@
-"""The variational autoencoder: encoder, decoder, likelihood and a standard normal prior.
+"""The variational autoencoder: encoder, decoder, likelihood and prior.
 
 Functions of vaelib that take pixels or codes move them to the model's device, and results come back to the CPU; the methods of a
 `VAE`, which take x or z, move nothing.
@@ -7,9 +7,9 @@ Functions of vaelib that take pixels or codes move them to the model's device, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,56 +26,28 @@ from vaelib._validation import (
     warn_of_scale,
 )
 from vaelib.data import ImageSet
+from vaelib.densities import Draw, Posterior, StandardNormal, kl_divergence
+from vaelib.densities import reparameterize as reparameterize
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
-from vaelib.objectives import (
-    ElboTerms,
-    doubly_reparameterized_bound,
-    gaussian_kl_per_unit,
-    gaussian_log_density,
-    importance_weighted_bound,
-)
-
-
-class Posterior(NamedTuple):
-    """The diagonal Gaussian q(z given x): `mean` and `log_var`, each (N, L)."""
-
-    mean: Tensor
-    log_var: Tensor
-
-
-def reparameterize(mean: Tensor, log_var: Tensor, eps: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """z = mean + exp(log_var / 2) * eps with eps ~ N(0, I), differentiable in mean and log_var. eq. reparameterization
-
-    `eps` (same shape) may be given; otherwise it is drawn from `generator`.
-    """
-    if eps is None:
-        eps = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    check_same_shape(mean=mean, log_var=log_var, eps=eps)
-    return mean + (0.5 * log_var).exp() * eps
+from vaelib.objectives import ElboTerms, doubly_reparameterized_bound, importance_weighted_bound
 
 
 class VAE(nn.Module):
-    """p(x, z) = N(z; 0, I) p(x given z), with the amortized posterior q(z given x).
+    """p(x, z) = p(z) p(x given z), with the amortized posterior q(z given x).
 
     Args:
-        encoder: module from x (N, C, H, W) to (mean, log_var), each (N, L).
+        encoder: module from x (N, C, H, W) to (mean, log_var), each (N, L), or to a posterior of your own, see `vaelib.densities`.
         decoder: module from z (N, L) to the likelihood's params (N, P*C, H, W).
         likelihood: p(x given z), see `vaelib.likelihoods`.
         image_shape: (C, H, W).
         latent_dim: L, or (channels, height, width) of latents that are laid out in space: L is then their product.
         config: what builds the model again (`mlp_vae` sets it); without it `save` refuses.
+        prior: p(z), see `vaelib.densities`; None is N(0, I).
 
     Attributes:
         latent_shape: the shape that one code z has for the networks: (L,) or (channels, height, width).
-        needs_labels: True for a conditional model before `ConditionalVAE.given`: only with labels can it encode and decode.
-        layered: True for a model of several layers of latents, whose prior and posterior depend on the layers drawn before.
     """
-
-    needs_labels = False
-    layered = False
-    given: Callable[..., VAE]  # of `ConditionalVAE`, as num_classes is: asked only where a model needs labels
-    num_classes: int
 
     def __init__(
         self,
@@ -85,12 +57,14 @@ class VAE(nn.Module):
         image_shape: Sequence[int],
         latent_dim: int | Sequence[int],
         config: dict[str, Any] | None = None,
+        prior: Any = None,
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.likelihood = encoder, decoder, likelihood
         self.image_shape = check_image_shape("image_shape", image_shape)
         self.latent_shape = check_latent_dim(latent_dim)
         self.latent_dim = math.prod(self.latent_shape)
+        self.prior = StandardNormal(self.latent_dim) if prior is None else prior
         self.config = plain(config)
 
     @property
@@ -98,23 +72,21 @@ class VAE(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
-    def forward(self, x: Tensor, eps: Tensor | None = None, objective: str = "elbo") -> ElboTerms:
+    def given(self, labels: int | Tensor | None, validate: bool = True) -> VAE:
+        """The model for images with these labels: itself, but for a `ConditionalVAE`."""
+        return self
+
+    def forward(self, x: Tensor, eps: Tensor | None = None, objective: str = "elbo", labels: Tensor | None = None) -> ElboTerms:
         """`elbo`, or terms whose difference is the importance-weighted bound, without a look at the values of x.
 
         It is what DistributedDataParallel and torch.compile wrap. The objectives are those of `TrainConfig`.
         """
-        num_samples = 1 if eps is None else len(eps)
+        drawn = self.given(labels, validate=False).draw(x, 1 if eps is None else len(eps), eps, validate=False)
         if objective == "elbo":
-            return self.elbo(x, num_samples, eps, validate=False)
-        if objective == "dreg" and self.layered:
-            raise ValueError("objective: got 'dreg' for a model with several layers of latents, expected 'iwae' or a model with one")
-        log_likelihood, z, posterior, prior = self._infer_and_score(x, num_samples, eps, None, False)
-        kl = mean_over_samples(self._kl_per_unit(z, posterior, prior)).detach()
-        if objective == "dreg":
-            bound = doubly_reparameterized_bound(log_likelihood, z, *posterior)
-        else:
-            bound = importance_weighted_bound(self._weigh(log_likelihood, z, posterior, prior))
-        return ElboTerms(bound + kl.sum(1), kl.sum(1), kl)
+            return drawn.terms
+        bound = doubly_reparameterized_bound(drawn) if objective == "dreg" else importance_weighted_bound(drawn.log_weights)
+        _, kl, by_unit = drawn.terms
+        return ElboTerms(bound + kl.detach(), kl.detach(), None if by_unit is None else by_unit.detach())
 
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
         """q(z given x), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L).
@@ -122,8 +94,8 @@ class VAE(nn.Module):
         With `validate` the values of x are checked (NaN, range); shape, dtype and device always are.
         """
         self.check_input(x, validate)
-        mean, log_var = self.encoder(x)
-        return Posterior(mean.to(x.dtype), log_var.to(x.dtype))
+        q = self.encoder(x)
+        return q if hasattr(q, "log_prob") else Posterior(*(statistic.to(x.dtype) for statistic in q))
 
     def decode(self, z: Tensor) -> Tensor:
         """The likelihood's params at z: (N, L) -> (N, P, H, W), in the dtype of z."""
@@ -131,10 +103,35 @@ class VAE(nn.Module):
         params: Tensor = self.decoder(z)
         return params.to(z.dtype)
 
-    def sample_prior(self, eps: Tensor) -> Tensor:
-        """z from p(z), made of standard normal noise: (N, L) -> (N, L); here p(z) = N(0, I), so z = eps."""
-        self.check_code(eps, "eps")
-        return eps
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        """log p(x given z) of K codes for each image: x (N, C, H, W), z (K, N, L) -> (K, N), nats."""
+        return self.score(x, self.decode(z.flatten(0, 1)))
+
+    def score(self, x: Tensor, params: Tensor) -> Tensor:
+        """log p(x) under the likelihood's params: x (N, C, H, W), params (K*N, P, H, W) -> (K, N), nats."""
+        num_samples = len(params) // len(x)
+        repeated = x if num_samples == 1 else x.expand(num_samples, *x.shape).flatten(0, 1)
+        return self.likelihood.log_prob(repeated, params, validate=False).view(num_samples, len(x))
+
+    def draw(
+        self,
+        x: Tensor,
+        num_samples: int = 1,
+        eps: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        validate: bool = True,
+    ) -> Draw:
+        """Codes drawn from q(z given x), and what they meet: all that the bounds are made of.
+
+        Args:
+            x: (N, C, H, W), as `likelihood.observe` gives it.
+            num_samples: K, draws of z per image.
+            eps: the standard normal noise (K, N, L); drawn from `generator` where it is not given.
+            validate: whether the values of x are checked (NaN, range); shapes always are.
+        """
+        q = self.encode(x, validate)
+        z = q.sample(self.noise_for(x, num_samples, eps, generator))
+        return Draw(z, self.log_likelihood(x, z), q, self.prior, kl_divergence(q, self.prior, z))
 
     def elbo(
         self,
@@ -155,9 +152,7 @@ class VAE(nn.Module):
         Returns:
             ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats, and `.kl_per_unit` (N, L).
         """
-        log_likelihood, z, posterior, prior = self._infer_and_score(x, num_samples, eps, generator, validate)
-        kl = mean_over_samples(self._kl_per_unit(z, posterior, prior))
-        return ElboTerms(mean_over_samples(log_likelihood), kl.sum(1), kl)
+        return self.draw(x, num_samples, eps, generator, validate).terms
 
     def log_weights(
         self,
@@ -171,7 +166,7 @@ class VAE(nn.Module):
 
         Parameters are those of `elbo`.
         """
-        return self._weigh(*self._infer_and_score(x, num_samples, eps, generator, validate))
+        return self.draw(x, num_samples, eps, generator, validate).log_weights
 
     def importance_weighted_bound(
         self,
@@ -183,18 +178,6 @@ class VAE(nn.Module):
     ) -> Tensor:
         """The bound with K = num_samples draws: (N,), nats. eq. importance-weighted-bound"""
         return importance_weighted_bound(self.log_weights(x, num_samples, eps, generator, validate))
-
-    def infer(
-        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
-    ) -> tuple[Tensor, Posterior, Posterior | None]:
-        """z (K, N, L) drawn from q, the q that it came from, and the prior that it meets; parameters are those of `elbo`.
-
-        q is given as (1, N, L) where it is the same for all K draws. The prior is None where it is N(0, I).
-        """
-        mean, log_var = self.encode(x, validate)
-        eps = self._noise(x, num_samples, eps, generator)
-        z = reparameterize(mean.expand_as(eps), log_var.expand_as(eps), eps)
-        return z, Posterior(mean[None], log_var[None]), None
 
     def check_input(self, x: Tensor, validate: bool) -> None:
         """ValueError unless x has the model's shape, dtype and device and, with `validate`, values of the likelihood's range."""
@@ -210,7 +193,7 @@ class VAE(nn.Module):
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"{argument}: got {describe(z)}, expected shape (N, {self.latent_dim})")
 
-    def _noise(self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    def noise_for(self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """`eps` after a check of its shape, or new noise (K, N, L)."""
         shape = (check_int("num_samples", num_samples), len(x), self.latent_dim)
         if eps is None:
@@ -218,38 +201,6 @@ class VAE(nn.Module):
         if eps.shape != shape:
             raise ValueError(f"eps: got {describe(eps)}, expected shape {shape}, (num_samples, N, latent_dim)")
         return eps
-
-    def _infer_and_score(
-        self, x: Tensor, num_samples: int, eps: Tensor | None, generator: torch.Generator | None, validate: bool
-    ) -> tuple[Tensor, Tensor, Posterior, Posterior | None]:
-        """log p(x given z), (K, N), and what `infer` gives."""
-        z, posterior, prior = self.infer(x, num_samples, eps, generator, validate)
-        return self._log_likelihood(x, z), z, posterior, prior
-
-    def _kl_per_unit(self, z: Tensor, posterior: Posterior, prior: Posterior | None) -> Tensor:
-        """The KL of each latent unit, from what `infer` gives: (K, N, L), or (1, N, L) where it is the same for all K draws."""
-        return gaussian_kl_per_unit(*posterior) if prior is None else gaussian_kl_per_unit(*posterior, *prior)
-
-    def _weigh(self, log_likelihood: Tensor, z: Tensor, posterior: Posterior, prior: Posterior | None) -> Tensor:
-        """log p(x given z) + log p(z) - log q(z given x), from what `_infer_and_score` gives: (K, N), nats. eq. log-weights"""
-        prior = prior or Posterior(torch.zeros_like(z), torch.zeros_like(z))
-        log_posterior = gaussian_log_density(z, posterior.mean.expand_as(z), posterior.log_var.expand_as(z))
-        return log_likelihood + gaussian_log_density(z, *prior) - log_posterior
-
-    def _log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        """log p(x given z) for z (K, N, L): (K, N)."""
-        return self._score(x, self.decode(z.flatten(0, 1)))
-
-    def _score(self, x: Tensor, params: Tensor) -> Tensor:
-        """log p(x) under params for x (N, C, H, W) and params (K*N, P, H, W): (K, N)."""
-        num_samples = len(params) // len(x)
-        repeated = x if num_samples == 1 else x.expand(num_samples, *x.shape).flatten(0, 1)
-        return self.likelihood.log_prob(repeated, params, validate=False).view(num_samples, len(x))
-
-
-def mean_over_samples(values: Tensor) -> Tensor:
-    """The mean over the first axis; for one sample that sample, which is cheaper."""
-    return values[0] if len(values) == 1 else values.mean(0)
 
 
 @contextmanager
@@ -275,29 +226,19 @@ def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iter
         yield model.likelihood.observe(chunk, uniform=uniform), keys
 
 
-def labels_for(model: VAE, argument: str, images: ImageSet) -> Tensor:
-    """The labels of a set for a model that needs them; ValueError where it has none, or others than the model."""
-    if not images.labelled:
-        expected = "expected labels, or model.given(label): the model is conditional"
-        raise ValueError(f"{argument}: got {images.name!r} without labels, {expected}")
-    model.given(images.labels)
-    return images.labels
-
-
 def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: int) -> Iterator[tuple[VAE, Tensor, Tensor]]:
-    """Chunks of (model, x, keys), see `observations`; a model that needs labels comes bound to those of the chunk.
+    """Chunks of (model, x, keys), see `observations`; the model is the one for the labels of the chunk, see `VAE.given`.
 
     Args:
         images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), which have no labels.
     """
-    if isinstance(images, ImageSet):
-        pixels, labels = images.pixels, labels_for(model, "images", images) if model.needs_labels else None
-    else:
-        pixels, labels = images, None
+    pixels, labels = (images.pixels, images.known_labels) if isinstance(images, ImageSet) else (images, None)
+    model.given(labels)
+    if isinstance(images, Tensor):
         warn_of_scale("pixels", check_pixels("pixels", pixels, model.image_shape))
     start = 0
     for x, keys in observations(model, pixels, batch_size, seed):
-        yield (model if labels is None else model.given(labels[start : start + len(x)])), x, keys
+        yield model.given(None if labels is None else labels[start : start + len(x)], validate=False), x, keys
         start += len(x)
 
 
