@@ -22,7 +22,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._device import _device_constructors
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -149,9 +150,13 @@ def made(original):
     """`torch.tensor` or `torch.as_tensor`, for the two devices."""
 
     def make(data, *args, device=None, **kwargs):
-        device = device or (data.device if isinstance(data, Tensor) else None)
-        value = original(data, *args, **kwargs)
-        return value if device is None else value.to(device)  # without a device the context decides: `with torch.device("meta")`
+        if device is None:  # without one the context decides: `with torch.device("meta")`, or `torch.set_default_device`
+            contexts = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+            device = data.device if isinstance(data, Tensor) else (contexts or [CPU])[-1]
+        device = torch.device(device)
+        if device.type == "meta":
+            return original(data, *args, device=device, **kwargs)
+        return original(data, *args, device=CPU, **kwargs).to(device)
 
     return make
 

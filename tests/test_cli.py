@@ -48,6 +48,8 @@ def test_evaluate_prints_one_json_object_equal_to_the_library_s_answer(run_folde
     assert result["split"] == "test"
     assert result["elbo"] == pytest.approx(expected.elbo, abs=1e-3)
     assert result["log_likelihood"] == pytest.approx(expected.log_likelihood, abs=1e-3)
+    assert result["effective_sample_size"] == pytest.approx(expected.effective_sample_size, rel=1e-2)
+    assert result["share_of_few_draws"] == pytest.approx(expected.share_of_few_draws, abs=0.01)
     plain = vaelib_command("evaluate", run_folder, "--split", "train")
     assert "elbo " in plain.stdout
 

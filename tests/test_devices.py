@@ -1,6 +1,7 @@
 """What the library does with a model on a GPU, on a GPU that is emulated: see `emulated_device`. No CUDA runs here."""
 
 import copy
+import importlib.util
 import inspect
 import json
 
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import vaelib
-from vaelib import cli, evaluation, generation, plotting, priors, quality, retrieval, widgets
+from vaelib import cli, evaluation, generation, oracles, plotting, priors, quality, retrieval, widgets
 from vaelib.oracles import LinearGaussian, gaussian_pixels_log_prob
 from vaelib.reproduce import Budget, iwae_row
 
@@ -144,6 +145,7 @@ def has(images):
 FUNCTIONS = {  # of the modules below: what is called with (model, images)
     "evaluate": lambda m, x: vaelib.evaluate(m, x, 3, 2).as_dict(),
     "log_likelihood": lambda m, x: vaelib.log_likelihood(m, x, 5),
+    "importance_weighted_estimate": lambda m, x: vaelib.importance_weighted_estimate(m, x, 5),
     "annealed_log_likelihood": lambda m, x: evaluation.annealed_log_likelihood(m, x[:5], 3, 2, leapfrog_steps=2),
     "refine_posterior": lambda m, x: evaluation.refine_posterior(m, (x.to(m.device).pixels > 127).float(), 3),
     "inference_gaps": lambda m, x: evaluation.inference_gaps(m, x[:5], 4, 3),
@@ -227,6 +229,55 @@ def test_a_model_on_the_gpu_gives_what_it_gives_on_the_cpu(digits, name, images_
         result = function(model, few.to(images_on))
         assert equal(result, expected, on_cpu=name != "refine_posterior")
         assert model.device == GPU
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_default_device_leaves_the_results_as_they_are(digits, name):
+    if name.startswith("live"):
+        pytest.importorskip("ipywidgets", reason="live figures need ipywidgets")
+    function, few, model = FUNCTIONS[name], digits[:60], plane()
+    expected = function(model, few)
+    with emulated_gpu():
+        model = copy.deepcopy(model).to("cuda")
+        with torch.device("cuda"):
+            assert equal(function(model, few), expected, on_cpu=name != "refine_posterior")
+
+
+def test_all_the_library_runs_under_a_default_device(gpu, digits, tmp_path):
+    def results():
+        shapes = vaelib.load_images("shapes")
+        own = vaelib.image_set(shapes.pixels[:30], range(30), "own")
+        train, valid = vaelib.train_valid_split(vaelib.load_images("digits"), 40)
+        x, labels = vaelib.posterior_means(plane().cpu(), train[:90]), train.labels[:90]
+        found = labels[vaelib.nearest_neighbours(x, x, 5, "cosine").indices]
+        scores = retrieval.score_retrieval(found, labels, labels, 5, mAP=retrieval.average_precision(x, labels, x, labels))
+        picture = plotting.tile(valid.pixels[:5])
+        precision = quality.manifold_scores(x[:40], x[40:], 3)
+        pixels = oracles.gaussian_pixels_log_prob(train.pixels[:60, :, :4, :4], valid.pixels[:, :, :4, :4])
+        return [shapes.pixels, shapes.factors, own.labels, train.labels, valid.pixels, scores, picture.tolist(), precision, pixels]
+
+    torch.manual_seed(0)
+    expected = results()
+    before = torch.get_default_device()
+    torch.set_default_device("cuda")
+    try:
+        torch.manual_seed(0)
+        assert equal(results(), expected)
+        model, few = vaelib.conditional_vae((1, 28, 28), 10, (16,), 2), digits[:300]
+        assert model.device == GPU
+        vaelib.fit(model, few, few[:50], short(), tmp_path / "run")
+        vaelib.save(model, tmp_path / "model")
+        again = vaelib.load(tmp_path / "model")
+        assert again.device.type == "cpu"
+        for each in (model, again):
+            assert not on_gpu(vaelib.generate(each.given(3), 3, seed=0))
+        vaelib.evaluate(model, few, 2)
+        for method in retrieval.METHODS[: 1 if importlib.util.find_spec("faiss") is None else None]:
+            pixels = torch.cat([few.pixels, few.pixels[:20]])
+            index = vaelib.LatentIndex.build(model.given(3), pixels, method=method)
+            assert index.search(pixels[:3], 2).indices[:, 0].tolist() == [0, 1, 2]
+    finally:
+        torch.set_default_device(before)
 
 
 CONFIGS = {

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import vaelib
-from vaelib import active_units, evaluate, heldout_elbo, log_likelihood, mlp_vae, posterior_means
+from vaelib import active_units, evaluate, heldout_elbo, importance_weighted_estimate, log_likelihood, mlp_vae, posterior_means
+from vaelib import noise as image_noise
 from vaelib.evaluation import rate_decomposition, standard_error
+from vaelib.oracles import LinearGaussian
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,71 @@ def test_a_score_that_is_no_likelihood_defines_no_log_likelihood(test_set):
     result = evaluate(model, test_set, elbo_samples=1)
     assert not result.normalized
     assert result.bits_per_dim is None
+
+
+def test_the_effective_sample_size_is_the_squared_sum_over_the_sum_of_squares():
+    weights = torch.tensor([[1.0, 0.0, 3.0], [1.0, 5.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    size = vaelib.effective_sample_size(weights.log())
+    torch.testing.assert_close(size, torch.tensor([4.0, 1.0, 16 / 10]))
+    torch.testing.assert_close(vaelib.effective_sample_size(weights.log() - 900), size)  # exp(-900) is 0 in floating point
+    for bad in (torch.zeros(3), torch.zeros(0, 3)):
+        with pytest.raises(ValueError, match=r"log_weights: got .*, expected shape \(K, N\) with K >= 1"):
+            vaelib.effective_sample_size(bad)
+
+
+class ShiftedPosterior(torch.nn.Module):
+    """The exact posterior of a linear-Gaussian model, its mean shifted by a number of its standard deviations."""
+
+    def __init__(self, oracle, shift):
+        super().__init__()
+        self.oracle, self.shift = oracle, shift
+
+    def forward(self, x):
+        mean, covariance = self.oracle.posterior(x.flatten(1))
+        return mean + self.shift * covariance.diagonal().sqrt(), covariance.diagonal().log().expand_as(mean)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5, 1.0])
+def test_of_a_q_shifted_by_d_deviations_a_share_of_exp_minus_d_squared_counts(shift, generator):
+    weight = torch.tensor([[0.3], [0.5], [-0.2]])
+    oracle = LinearGaussian(weight, torch.zeros(3), 0.5)
+    decoder = vaelib.MLPDecoder(1, (), (1, 1, 3), 1, "relu")
+    decoder.head.weight.data, decoder.head.bias.data = weight, torch.zeros(3)
+    model = vaelib.VAE(ShiftedPosterior(oracle, shift), decoder, vaelib.Gaussian(0.5), (1, 1, 3), 1)
+    pixels = torch.randint(0, 256, (400, 1, 1, 3), generator=generator).to(torch.uint8)
+    found = importance_weighted_estimate(model, pixels, 2000)
+    # E[w]^2 / E[w^2] = exp(-shift^2): the weights are log-normal, with the variance shift^2
+    share = found.effective_sample_size / 2000
+    bias = (math.exp(4 * shift**2) + 1) * share.mean() / 2000  # of a ratio of means, to the first order and from above
+    assert (share.mean() - math.exp(-(shift**2))).abs() < 4 * standard_error(share) + bias + 1e-4
+    if shift == 0:
+        torch.testing.assert_close(found.effective_sample_size, torch.full((400,), 2000.0), rtol=1e-3, atol=0)
+
+
+def test_the_estimate_and_its_effective_sample_size_come_from_the_same_weights(trained, test_set):
+    images = vaelib.image_set((test_set.pixels[:23] >= 128).to(torch.uint8) * 255)  # nothing is left to binarize
+    found = importance_weighted_estimate(trained, images, 60, batch_size=23, sample_batch=60)
+    keys = image_noise.image_keys(images.pixels, 0)
+    eps = image_noise.normal_noise(keys, (60, trained.latent_dim), image_noise.LATENT).transpose(0, 1)
+    with torch.no_grad():
+        log_weights = trained.log_weights(trained.likelihood.observe(images.pixels), 60, eps)
+    torch.testing.assert_close(found.log_likelihood, vaelib.importance_weighted_bound(log_weights), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(found.effective_sample_size, vaelib.effective_sample_size(log_weights), rtol=1e-3, atol=0)
+    assert torch.equal(log_likelihood(trained, images, 60, batch_size=23, sample_batch=60), found.log_likelihood)
+    for batch_size, sample_batch in ((1, 60), (10, 7), (23, 1), (100, 100)):
+        other = importance_weighted_estimate(trained, images, 60, batch_size, sample_batch)
+        torch.testing.assert_close(other.effective_sample_size, found.effective_sample_size, rtol=1e-3, atol=0)
+
+
+def test_evaluate_says_how_many_of_the_draws_count(trained, test_set):
+    result, size = (function(trained, test_set, 50) for function in (evaluate, importance_weighted_estimate))
+    size = size.effective_sample_size
+    assert result.effective_sample_size == pytest.approx(size.median().item(), rel=1e-6)
+    assert result.share_of_few_draws == pytest.approx((size < 10).double().mean().item())
+    assert 0 < result.share_of_few_draws < 1
+    assert 1 <= size.min() <= size.max() <= 50
+    without = evaluate(trained, test_set)
+    assert (without.effective_sample_size, without.share_of_few_draws) == (None, None)
 
 
 @pytest.mark.equation("active-units")

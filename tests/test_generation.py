@@ -5,7 +5,7 @@ import torch
 
 import vaelib
 import vaelib.conditional
-from vaelib import generate, interpolate, latent_grid, mlp_vae, reconstruct
+from vaelib import generate, interpolate, latent_grid, mlp_vae, noise, reconstruct
 from vaelib.generation import attribute_vector, class_means, most_used_units, shift, traverse
 from vaelib.plotting import latent_scatter, show_images, tile, training_curves
 
@@ -22,12 +22,45 @@ def test_generate_decodes_draws_of_the_prior(trained):
     pixels = generate(trained, 5, seed=3)
     assert pixels.shape == (5, 1, 28, 28)
     assert pixels.dtype == torch.uint8
-    z = torch.randn(5, 2, generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    z = torch.stack([torch.randn(2, generator=generator) for _ in range(5)])
     expected = trained.decode(z).sigmoid().mul(255).round().to(torch.uint8)
     assert torch.equal(pixels, expected)
     assert torch.equal(generate(trained, 5, seed=3), pixels)
     assert not torch.equal(generate(trained, 5, seed=4), pixels)
     assert not torch.equal(generate(trained, 5), generate(trained, 5))
+
+
+@pytest.mark.parametrize("width", [1, 2, 7, 16, 20, 33])
+def test_the_noise_of_a_sample_does_not_depend_on_how_many_are_drawn(width):
+    rows = {num: noise.normal_rows(num, width, torch.Generator().manual_seed(5)) for num in (1, 3, 8, 64)}
+    for num, drawn in rows.items():
+        assert torch.equal(drawn, rows[64][:num])
+    many = noise.normal_rows(40_000, width, torch.Generator().manual_seed(0)).double()
+    assert (many.mean(0).abs() < 5 / 200).all()
+    assert (torch.cov(many.T).view(width, width) - torch.eye(width)).abs().max() < 7 / 200  # sqrt(2) / 200 on the diagonal
+
+
+SAMPLERS = {
+    "two latents": lambda: mlp_vae((1, 8, 8), (16,), 2),
+    "twenty latents": lambda: mlp_vae((1, 8, 8), (16,), 20),
+    "two layers": lambda: vaelib.two_layer_vae((1, 8, 8), ((16, 16), (8, 8)), (3, 2)),
+    "hierarchical": lambda: vaelib.hierarchical_vae((1, 8, 8), ((2, 1), (1, 1)), width=8, bottleneck=4, blocks=1, likelihood="bernoulli"),
+    "conditional": lambda: vaelib.conditional.conditional_vae((1, 8, 8), 3, (16,), 2).given(1),
+}
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_image_i_of_a_seed_is_the_same_whatever_the_number_of_images(kind):
+    torch.manual_seed(0)
+    model = SAMPLERS[kind]()
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    many = generate(model, 64, seed=0)
+    assert (many[0].int() - many[1].int()).abs().max() > 20
+    for num in (1, 4, 7, 33):
+        assert (generate(model, num, seed=0).int() - many[:num].int()).abs().max() <= 1  # up to rounding
 
 
 def test_temperature_zero_gives_the_decoded_mean_of_the_prior(trained):

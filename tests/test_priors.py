@@ -134,6 +134,15 @@ def test_both_fitted_priors_lie_nearer_to_codes_of_unseen_images_than_the_standa
         assert frechet_distance(prior.sample(1000, generator=torch.Generator().manual_seed(0)), z) < standard
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_sample_i_of_a_fitted_prior_is_the_same_whatever_the_number_of_samples(trained, priors, place):
+    draws = {num: priors[place].sample(num, 0.9, torch.Generator().manual_seed(3)) for num in (1, 3, 50)}
+    for num, z in draws.items():
+        torch.testing.assert_close(z, draws[50][:num], rtol=1e-5, atol=1e-5)
+    few, many = (generate(trained, num, seed=0, prior=priors[place]).int() for num in (4, 64))
+    assert (few - many[:4]).abs().max() <= 1
+
+
 def test_temperature_zero_of_a_second_stage_gives_one_code_and_more_spreads_it(priors):
     prior = priors[1]
     cold = prior.sample(5, 0.0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import average_precision_score, precision_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch.distributions import Independent, Normal, kl_divergence
@@ -74,6 +74,18 @@ def test_statistical_distances_are_those_of_torch_distributions_and_of_the_integ
     roots = ((Normal(p.mean, (p.log_var / 2).exp()).log_prob(grid) + Normal(q.mean, (q.log_var / 2).exp()).log_prob(grid)) / 2).exp()
     integral = torch.trapezoid(roots, dx=80 / 400000, dim=0).prod(1)
     torch.testing.assert_close(distance_between(p, q, "bhattacharyya"), -integral.log(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distance", DISTANCES[2:])
+def test_the_distance_of_nearly_equal_posteriors_is_never_below_zero(distance, dtype):
+    change = torch.cat([torch.logspace(-20, 0.5, 500, dtype=dtype), -torch.logspace(-20, 0.5, 500, dtype=dtype)])[:, None]
+    p, q = Posterior(torch.zeros_like(change), change), Posterior(torch.zeros_like(change), torch.zeros_like(change))
+    found = distance_between(p, q, distance)
+    assert (found >= 0).all()
+    exact = change[:, 0].double() ** 2 * (1 / 2 if distance == "symmetric_kl" else 1 / 16)  # to first order
+    near = change[:, 0].abs() < 1e-3
+    torch.testing.assert_close(found[near].double(), exact[near], rtol=1e-5, atol=1e-40)
 
 
 def test_every_distance_is_symmetric_and_zero_from_a_code_to_itself():
@@ -357,6 +369,51 @@ def test_faiss_methods_find_nearly_the_exact_neighbours_and_keep_through_a_file(
         index.search(digits.pixels[:3], 10, "cosine")
 
 
+def check_against_all_distances(index, q, k, share=1.0):
+    """The distances found are those of the k nearest of all codes, but for a share of the queries; no image comes twice."""
+    found = index.search(q, k)
+    true = torch.cdist(q.double(), index.codes.mean.double()).sort(1).values[:, :k].float()
+    assert ((found.distances - true).abs() < 1e-4).double().mean() >= share
+    assert all(len(set(row)) == k for row in found.indices.tolist())
+    far = (q[:, None] - index.codes.mean[found.indices]).norm(dim=2)
+    torch.testing.assert_close(found.distances, far, rtol=1e-3, atol=1e-4)
+    ties = found.distances[:, 1:] == found.distances[:, :-1]
+    assert (found.indices[:, 1:] > found.indices[:, :-1])[ties].all()
+    assert (found.distances[:, 1:] >= found.distances[:, :-1]).all()
+    return found
+
+
+@pytest.mark.parametrize(("method", "count", "copies", "share"), [
+    ("hnsw", 100, 100, 0.99), ("hnsw", 500, 1500, 0.99), ("hnsw", 1, 50, 1), ("exact", 500, 1500, 1), ("ivf_pq", 500, 1500, 0.9),
+])  # fmt: skip
+def test_many_equal_codes_hide_no_others(method, count, copies, share, model, digits, tmp_path):
+    if method != "exact":
+        pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    blank = torch.zeros(copies, 1, 28, 28, dtype=torch.uint8)
+    pixels = torch.cat([digits.pixels[:count], blank])[torch.randperm(count + copies, generator=torch.Generator().manual_seed(0))]
+    index = LatentIndex.build(model, pixels, 10_000, method)
+    assert len(index.codes.mean.unique(dim=0)) == count + 1
+    q = torch.cat([index.codes.mean[:100], torch.randn(100, 4, generator=torch.Generator().manual_seed(1))])
+    found = check_against_all_distances(index, q, 10, share)
+    on_blank = index.search(blank[:1], 10).indices[0]
+    assert torch.equal(on_blank, (pixels == 0).flatten(1).all(1).nonzero()[:10, 0])  # all at distance 0: the lowest indices
+    everything = index.search(q[:3], count + copies)
+    assert torch.equal(everything.indices.sort(1).values, torch.arange(count + copies).expand(3, -1))
+    index.save(tmp_path / "a.index")
+    again = LatentIndex.load(tmp_path / "a.index")
+    assert torch.equal(again.search(q, 10).indices, found.indices)
+    again.add(blank[:30])  # the same code once more, and new ones
+    again.add(digits.pixels[600:700], batch_size=10_000)
+    assert len(again) == count + copies + 130
+    check_against_all_distances(again, torch.cat([q, again.codes.mean[-30:]]), 10, share)
+
+
+def test_ivf_pq_counts_distinct_codes(model, digits):
+    pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    with pytest.raises(ValueError, match="images: got 101, expected at least 256 with distinct codes"):
+        LatentIndex.build(model, torch.cat([digits.pixels[:100], torch.zeros_like(digits.pixels[:400])]), method="ivf_pq")
+
+
 def test_without_faiss_the_error_says_how_to_get_it(model, digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="pip install faiss-cpu"):
@@ -492,6 +549,75 @@ def test_a_folder_gives_its_images_by_name_and_skips_what_is_none(pictures):
         assert folder.names == ("b.png", "c.gif", "deep/a.jpg")
         assert list(folder.skipped) == ["broken.png", "notes.txt"]
         assert folder.skipped["notes.txt"] == "cannot identify image file"
+
+
+LEVELS = np.linspace(0, 65535, 64).reshape(8, 8)
+
+
+def write_levels(path, dtype, scale=1.0):
+    values = (scale * LEVELS).astype(dtype)
+    if path.suffix in (".pgm", ".ppm"):
+        header = f"P{5 if path.suffix == '.pgm' else 6} 8 8 {int(65535 * scale)}\n".encode()
+        path.write_bytes(header + np.repeat(values, 1 if path.suffix == ".pgm" else 3).tobytes())
+    else:
+        Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize(("name", "dtype", "scale"), [
+    ("a.pgm", ">u2", 1), ("b.pgm", ">u2", 1023 / 65535), ("c.pgm", "u1", 255 / 65535), ("d.ppm", ">u2", 1), ("e.png", "u2", 1),
+    ("f.tif", "u2", 1), ("g.png", "u1", 255 / 65535),
+])  # fmt: skip
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_levels_of_8_and_16_bits_are_kept(name, dtype, scale, channels, tmp_path):
+    pixels = read_image(write_levels(tmp_path / name, dtype, scale), (channels, 8, 8))
+    expected = torch.from_numpy(LEVELS / 257).expand(channels, 8, 8)
+    assert (pixels.double() - expected).abs().max() <= 1.5
+
+
+@pytest.mark.parametrize(("name", "dtype", "scale", "kind"), [
+    ("a.tif", "i4", 50, "32-bit integers"), ("b.tif", "f4", 1 / 65535, "floating-point numbers"),
+    ("c.tif", "i4", 1 / 257, "32-bit integers"),
+])  # fmt: skip
+def test_levels_of_an_unknown_scale_are_refused_and_counted(name, dtype, scale, kind, pictures):
+    file = write_levels(pictures / name, dtype, scale)
+    message = f"its pixels are {kind} on a scale that is not known, expected 8 or 16 bits"
+    with pytest.raises(ValueError, match=f"path: got .*{name}, expected an image file .{message}"):
+        read_image(file, (1, 8, 8))
+    assert load_folder(pictures, (1, 8, 8)).skipped[name] == message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need rights there")
+def test_links_are_followed_once_and_broken_ones_are_counted(pictures, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    for name in ("x.png", "deep/y.png"):
+        (elsewhere / name).write_bytes((pictures / "b.png").read_bytes())
+    for name, target in {
+        "a-link": elsewhere, "another": elsewhere, "aloop": pictures, "deep/up": "..", "gone": tmp_path / "nowhere", "itself": "itself",
+        "a-deep": "deep", "file.png": elsewhere / "x.png", ".hidden": elsewhere,
+    }.items():  # fmt: skip
+        (pictures / name).symlink_to(target)
+    folder = load_folder(pictures, (1, 8, 8))
+    assert folder.names == ("a-link/deep/y.png", "a-link/x.png", "b.png", "c.gif", "deep/a.jpg", "file.png")
+    assert {name: reason for name, reason in folder.skipped.items() if "link" in reason} == {
+        "another": "a link to a folder that was read before",
+        "aloop": "a link to a folder that was read before",
+        "deep/up": "a link to a folder that was read before",
+        "a-deep": "a link to a folder that was read before",
+        "gone": "a broken link",
+        "itself": "a broken link",
+    }
+    assert {"broken.png", "notes.txt"} < set(folder.skipped)
+
+
+def test_what_macos_adds_to_a_zip_file_is_left_out_like_hidden_files(pictures):
+    before = load_folder(pictures, (1, 8, 8))
+    (pictures / "__MACOSX" / "deep").mkdir(parents=True)
+    for name in ("__MACOSX/b.png", "__MACOSX/deep/c.png", "__MACOSX/._b.png"):
+        (pictures / name).write_bytes((pictures / "b.png").read_bytes())
+    after = load_folder(pictures, (1, 8, 8))
+    assert (after.names, after.skipped) == (before.names, before.skipped)
 
 
 def test_hidden_files_and_folders_are_left_out_silently(pictures):
@@ -770,3 +896,28 @@ def test_neighbours_of_a_digit_are_mostly_its_own_class(real_data, model):
     q, x = (images.pixels[:1000].flatten(1).float() for images in (test, train))
     found = train.labels[:1000][nearest_neighbours(q, x, 5).indices]
     assert knn_accuracy(found, test.labels[:1000]).mean() > 0.8
+
+
+def test_a_query_that_found_its_k_is_not_searched_again(model, digits, monkeypatch):
+    pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    index = LatentIndex.build(model, digits, method="ivf_pq")
+    lists = len(index) / index.structure.nlist
+    assert lists < 100  # a list has fewer codes than the 100 candidates that are wanted for k = 10, and more than 2
+    exact = nearest_neighbours(index.codes.mean[:200], index.codes.mean, 2).indices
+    searched = []
+    monkeypatch.setattr("vaelib.retrieval.nearest_neighbours", lambda q, x, k: searched.append(len(q)) or nearest_neighbours(q, x, k))
+    found = index.search(index.codes.mean[:200], k=2, effort=1)
+    assert sum(searched) <= 20
+    assert (found.indices == exact).double().mean() > 0.5  # what one list has
+    assert index.search(index.codes.mean[:3], k=len(index), effort=1).indices.shape == (3, len(index))
+    assert sum(searched) >= 3  # nobody has that many in one list
+
+
+def test_a_file_whose_structure_has_every_code_is_read(model, digits, tmp_path):
+    pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    index = LatentIndex.build(model, digits.pixels[:300], method="hnsw")
+    index.save(tmp_path / "index")
+    tensors, about = load_file(tmp_path / "index"), safe_open(tmp_path / "index", "pt").metadata()
+    save_file({name: value for name, value in tensors.items() if name not in ("rows", "starts")}, tmp_path / "old", about)
+    for part, same in zip(LatentIndex.load(tmp_path / "old").search(digits.pixels[:9], 5), index.search(digits.pixels[:9], 5), strict=True):
+        assert torch.equal(part, same)

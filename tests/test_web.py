@@ -29,6 +29,23 @@ RUN_AXE = """async () => {
     const found = await axe.run(document, {runOnly: {type: "tag", values: tags}, resultTypes: ["violations"], iframes: false});
     return found.violations.flatMap(rule => rule.nodes.map(node => `${rule.id}: ${node.html.slice(0, 200)}`));
 }"""
+SHAPES = """async () => {  // of every picture, after the reader has come to it: what is wrong with its shape or its place
+    const faults = [];
+    for (const picture of document.querySelectorAll("img")) {
+        picture.scrollIntoView();
+        await picture.decode().catch(() => faults.push(`${picture.src} is not loaded`));
+        const box = picture.getBoundingClientRect();
+        if (!picture.checkVisibility() || !box.width) continue;
+        let column = picture.parentElement;
+        while (getComputedStyle(column).display.startsWith("inline")) column = column.parentElement;
+        const edges = column.getBoundingClientRect();
+        const says = `${picture.src.split("/").pop()} is ${box.width} x ${box.height}`;
+        const ratio = (box.width / box.height) / (picture.naturalWidth / picture.naturalHeight);
+        if (Math.abs(ratio - 1) > 0.01) faults.push(`${says}, its file ${picture.naturalWidth} x ${picture.naturalHeight}`);
+        if (box.left < edges.left - 1 || box.right > edges.right + 1) faults.push(`${says}, its column ${edges.width} wide`);
+    }
+    return faults;
+}"""
 STATES = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 LIMIT = 1_500_000  # bytes of a page with all that it loads, compressed
 
@@ -114,6 +131,24 @@ def test_the_check_of_accessibility_finds_the_faults_of_the_theme_when_they_are_
     }""")
     faults = {fault.partition(":")[0] for fault in tab.evaluate(RUN_AXE)}
     assert {"aria-deprecated-role", "label-content-name-mismatch", "image-alt", "color-contrast"} <= faults
+
+
+@pytest.mark.parametrize("name", PAGES + OTHERS)
+def test_every_picture_keeps_the_shape_of_its_file_and_stays_in_its_column(name, open_page):
+    tab, faults = open_page(f"{name}.html"), {}
+    for width in (1280, 390):
+        tab.set_viewport_size({"width": width, "height": 900})
+        if found := tab.evaluate(SHAPES):
+            faults[width] = found
+    assert faults == {}
+
+
+def test_the_check_of_shapes_finds_a_squashed_and_a_wide_picture(open_page):
+    tab = open_page("elbo.html", 390)
+    tab.add_style_tag(content=".bd-article figure img { height: 720px !important; width: 500px !important; max-width: none !important; }")
+    faults = tab.evaluate(SHAPES)
+    assert any("its file 1520 x" in fault for fault in faults)
+    assert any("its column" in fault for fault in faults)
 
 
 def test_pages_have_each_its_own_title_and_its_own_description_in_words():

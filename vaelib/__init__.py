@@ -9,7 +9,16 @@ from typing import Any
 
 from vaelib.conditional import ConditionalVAE, conditional_vae
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
-from vaelib.evaluation import Evaluation, active_units, evaluate, kl_per_unit, log_likelihood, posterior_means, rate_decomposition
+from vaelib.evaluation import (
+    Evaluation,
+    active_units,
+    evaluate,
+    importance_weighted_estimate,
+    kl_per_unit,
+    log_likelihood,
+    posterior_means,
+    rate_decomposition,
+)
 from vaelib.generation import generate, interpolate, latent_grid, reconstruct
 from vaelib.hierarchical import HierarchicalVAE, TwoLayerVAE, hierarchical_vae, two_layer_vae
 from vaelib.likelihoods import (
@@ -26,6 +35,7 @@ from vaelib.objectives import (
     ElboTerms,
     beta_elbo,
     doubly_reparameterized_bound,
+    effective_sample_size,
     free_bits_kl,
     gaussian_kl,
     gaussian_kl_per_unit,
@@ -45,11 +55,12 @@ __all__ = [
     "DiscretizedLogisticMixture", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE",
     "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior", "TrainConfig",
     "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae", "conv_vae",
-    "doubly_reparameterized_bound", "evaluate", "fit", "free_bits_kl", "gaussian_kl", "gaussian_kl_per_unit",
-    "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set", "importance_weighted_bound",
-    "interpolate", "kl_per_unit", "latent_grid", "load", "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae",
-    "nearest_neighbours", "plotting", "posterior_means", "priors", "quality", "rate_decomposition", "reconstruct",
-    "reparameterize", "save", "train_valid_split", "two_layer_vae", "widgets",
+    "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
+    "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
+    "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_per_unit", "latent_grid", "load",
+    "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours", "plotting", "posterior_means",
+    "priors", "quality", "rate_decomposition", "reconstruct", "reparameterize", "save", "train_valid_split",
+    "two_layer_vae", "widgets",
 ]  # fmt: skip
 
 

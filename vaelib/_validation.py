@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +23,20 @@ def describe(value: Any) -> str:
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def plain(value: Any) -> Any:
+    """The same with NumPy's numbers as Python's own, within dicts, lists and tuples too: what JSON and checkpoints take."""
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """`path` with a leading ~ expanded; every path that the library is given goes through here."""
+    return Path(os.path.expanduser(path))  # pathlib's raises where ~name is no user, and so may be a file
 
 
 def check_choice(argument: str, value: Any, options: Iterable[Any]) -> Any:
@@ -30,10 +50,17 @@ def check_choice(argument: str, value: Any, options: Iterable[Any]) -> Any:
 
 
 def check_int(argument: str, value: Any, minimum: int = 1) -> int:
-    """`value` as an int of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    """`value` as an int of at least `minimum`; NumPy's integers are welcome."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
         raise ValueError(f"{argument}: got {describe(value)}, expected an integer of at least {minimum}")
-    return value
+    return int(value)
+
+
+def check_flag(argument: str, value: Any) -> bool:
+    """`value` as a bool; NumPy's is welcome."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{argument}: got {describe(value)}, expected True or False")
+    return bool(value)
 
 
 def check_seed(argument: str, value: Any) -> int:
@@ -45,8 +72,8 @@ def check_seed(argument: str, value: Any) -> int:
 
 
 def check_number(argument: str, value: Any, minimum: float = 0.0, *, exclusive: bool = False) -> float:
-    """`value` as a finite float, at least `minimum` (above it where `exclusive`)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """`value` as a finite float, at least `minimum` (above it where `exclusive`); NumPy's numbers are welcome."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if not number or value < minimum or (exclusive and value == minimum):
         bound = f"above {minimum}" if exclusive else f"of at least {minimum}"
         raise ValueError(f"{argument}: got {describe(value)}, expected a finite number {bound}")
@@ -59,7 +86,30 @@ def check_image_shape(argument: str, value: Any) -> tuple[int, int, int]:
     if not isinstance(value, Sequence) or len(value) != 3:
         raise ValueError(f"{argument}: got {describe(value)}, expected {expected}")
     channels, height, width = (check_int(f"{argument} = {expected}", side) for side in value)
+    if channels_last((channels, height, width)):
+        raise ValueError(f"{argument}: got {tuple(value)}, expected (channels, height, width): the channels come first")
     return channels, height, width
+
+
+def channels_last(shape: Sequence[int]) -> bool:
+    """Whether (C, H, W) is rather (H, W, C): 1, 3 or 4 at its end alone."""
+    return min(shape[:2]) > 4 and shape[2] in (1, 3, 4)
+
+
+def warn(message: str) -> None:
+    """A UserWarning at the line outside vaelib that called it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("vaelib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)
+
+
+def warn_of_scale(argument: str, pixels: Tensor) -> None:
+    """A warning where pixels are 0 and 1, or all of a set are at most 16: the levels 0..255 are expected."""
+    top = int(pixels.max())
+    if top == 1 or (1 < top <= 16 and len(pixels) >= 16):
+        reach = "of 0 and 1 only" if top == 1 else f"of at most {top}"
+        warn(f"{argument}: got levels {reach}, expected 0..255, where 255 is white; multiply them by {255 // top} if {top} is white")
 
 
 def check_pixels(argument: str, value: Any, image_shape: Sequence[int] | None = None) -> Tensor:
@@ -70,6 +120,9 @@ def check_pixels(argument: str, value: Any, image_shape: Sequence[int] | None = 
         raise ValueError(f"{argument}: got {describe(value)}, expected shape (N, C, H, W)")
     if len(value) == 0:
         raise ValueError(f"{argument}: got an empty set, shape {tuple(value.shape)}; expected at least one image")
+    if image_shape is None and channels_last(value.shape[1:]):
+        way_out = "the channels come before height and width; permute(0, 3, 1, 2) moves them there"
+        raise ValueError(f"{argument}: got shape {tuple(value.shape)}, expected (N, C, H, W): {way_out}")
     if image_shape is not None and tuple(value.shape[1:]) != tuple(image_shape):
         raise ValueError(f"{argument}: got images of shape {tuple(value.shape[1:])}, expected {tuple(image_shape)}")
     return value

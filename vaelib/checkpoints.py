@@ -9,9 +9,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from vaelib._validation import plain
 from vaelib.data import ImageSet
 from vaelib.storage import writable_folder
 
@@ -27,15 +27,6 @@ def fingerprint(images: ImageSet, labels: bool = False) -> str:
     return f"{images.name} {tuple(images.pixels.shape)} {digest.hexdigest()}"
 
 
-def plain(value: Any) -> Any:
-    """The same with NumPy's numbers as Python's own: the reader accepts nothing else."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value))
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` to ``checkpoint.pt`` in the folder: to a temporary file, onto the disk, then renamed over the old one.
 
@@ -46,7 +37,7 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     partial = folder / f".{FILE}.partial"
     try:
         with partial.open("wb") as file:
-            torch.save(plain({"version": VERSION, **state}), file)
+            torch.save(plain({"version": VERSION, **state}), file)  # the reader accepts no numbers of NumPy
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, folder / FILE)

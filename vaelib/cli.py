@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vaelib._validation import check_choice, check_int, check_number
+from vaelib._validation import as_path, check_choice, check_int, check_number
 from vaelib.checkpoints import FILE as CHECKPOINT
 from vaelib.data import NAMES, load_folder, load_images, read_image, train_valid_split
 from vaelib.distributed import join, leave
@@ -41,7 +41,14 @@ app = typer.Typer(
 RUN = "run.json"
 PRIORS = {"standard": None, "mixture": fit_mixture, "second-stage": fit_second_stage}
 
-Folder = Annotated[Path, typer.Argument(help="Folder of a trained model.")]
+
+
+def expanded(value: Any) -> Any:
+    """A path, a list of them or none, with ~ as the home folder: the shell leaves it where it stands behind --out= or in quotes."""
+    return [as_path(path) for path in value] if isinstance(value, (list, tuple)) else as_path(value) if value else value
+
+
+Folder = Annotated[Path, typer.Argument(help="Folder of a trained model.", callback=expanded)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 
@@ -113,7 +120,9 @@ def model_arguments(model: str, likelihood: str, options: str = "", **given: str
 def train(
     data: Annotated[str, typer.Option(help=f"Image set: {', '.join(NAMES)}.")] = "mnist",
     model: Annotated[str, typer.Option(help=f"Kind of network: {', '.join(MODELS)}.")] = "mlp",
-    out: Annotated[Path, typer.Option(help="Folder for the model, its history and the record of the run.")] = Path("runs/model"),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the model, its history and the record of the run.", callback=expanded)
+    ] = Path("runs/model"),
     likelihood: Annotated[
         str, typer.Option(help=f"{', '.join(LIKELIHOODS)}, or a JSON object with its arguments; default: the model's.")
     ] = "",
@@ -285,7 +294,7 @@ def evaluate(
 @app.command()
 def sample(
     run: Folder,
-    out: Annotated[Path, typer.Option(help="Image file to write.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(help="Image file to write.", callback=expanded)] = Path("samples.png"),
     num_images: Annotated[int, typer.Option(help="How many images; 0 takes 64, or 10 steps of --interpolate.")] = 0,
     grid: Annotated[str, typer.Option(help="ROWSxCOLS of the sheet, such as 4x10, instead of --num-images.")] = "",
     temperature: Annotated[float, typer.Option(help="Factor on the prior's standard deviation.")] = 1.0,
@@ -343,7 +352,7 @@ def sample(
 @app.command("index")
 def index_images(
     run: Folder,
-    out: Annotated[Path, typer.Option(help="Index file to write.")] = Path("images.index"),
+    out: Annotated[Path, typer.Option(help="Index file to write.", callback=expanded)] = Path("images.index"),
     data: Annotated[str, typer.Option(help="Image set; by default the one the model was trained on.")] = "",
     split: Annotated[str, typer.Option(help="train or test; default: train.")] = "",
     folder: Annotated[str, typer.Option(help="Folder of image files, instead of --data.")] = "",
@@ -363,7 +372,7 @@ def index_images(
     model = load(run).to(choose_device(device))
     images, names, skipped = load_folder(folder, model.image_shape) if folder else (load_images(data_of(run, data), split), (), {})
     warn_skipped(skipped)
-    source = {"folder": str(Path(folder).resolve())} if folder else {"data": images.name, "split": split}  # type: ignore[union-attr]
+    source = {"folder": str(as_path(folder).resolve())} if folder else {"data": images.name, "split": split}  # type: ignore[union-attr]
     index = LatentIndex.build(model, images, method=method, names=names, source=source)
     index.save(out)
     result = {"out": str(out), **source, "images": len(index), "skipped": len(skipped), "latents": model.latent_dim}
@@ -411,12 +420,14 @@ def query_images(index: LatentIndex, paths: list[Path], query_index: int | None)
 
 @app.command()
 def search(
-    index_file: Annotated[Path, typer.Argument(metavar="INDEX", help="File written by vaelib index.")],
-    queries: Annotated[list[Path] | None, typer.Argument(help="Image files, or folders of them.")] = None,
+    index_file: Annotated[Path, typer.Argument(metavar="INDEX", help="File written by vaelib index.", callback=expanded)],
+    queries: Annotated[list[Path] | None, typer.Argument(help="Image files, or folders of them.", callback=expanded)] = None,
     k: Annotated[int | None, typer.Option("-k", help="Neighbours per query; default: 10, or all of a smaller index.")] = None,
     distance: Annotated[str, typer.Option(help=", ".join(DISTANCES))] = "euclidean",
     query_index: Annotated[int | None, typer.Option(help="Query with this image of the data set's test split.")] = None,
-    out: Annotated[Path, typer.Option(help="Picture to write: each query, and its neighbours to its right.")] = Path("neighbours.png"),
+    out: Annotated[
+        Path, typer.Option(help="Picture to write: each query, and its neighbours to its right.", callback=expanded)
+    ] = Path("neighbours.png"),
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -464,8 +475,10 @@ def reproduce(
     k: Annotated[int, typer.Option("-k", help="Draws of z per image and step: 1, 5 or 50.")] = 1,
     budget: Annotated[str, typer.Option(help=", ".join(BUDGETS))] = "minutes",
     data: Annotated[str, typer.Option(help="Image set; the paper's is mnist.")] = "mnist",
-    out: Annotated[Path, typer.Option(help="Folder of all rows; a row that was cut off goes on from there.")] = Path("runs/iwae"),
-    ledger: Annotated[Path | None, typer.Option(help="JSON file that the row is added to.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of all rows; a row that was cut off goes on from there.", callback=expanded)
+    ] = Path("runs/iwae"),
+    ledger: Annotated[Path | None, typer.Option(help="JSON file that the row is added to.", callback=expanded)] = None,
     seed: int = 0,
     device: Device = "auto",
     as_json: Json = False,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vaelib._validation import check_image_shape, check_int, describe
+from vaelib._validation import check_image_shape, check_int, describe, plain
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import MLPDecoder, MLPEncoder
 from vaelib.objectives import ElboTerms
@@ -70,13 +70,14 @@ class ConditionalVAE(VAE):
 
     def check_labels(self, labels: int | Tensor) -> Tensor:
         """The labels as an int64 tensor (N,); ValueError unless all are labels of this model."""
+        labels = plain(labels)
         single = isinstance(labels, int) and not isinstance(labels, bool)
         if not single and not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1 and len(labels)):
             raise ValueError(f"labels: got {describe(labels)}, expected an integer or an int64 tensor of shape (N,)")
         low, high = (labels, labels) if isinstance(labels, int) else (int(labels.min()), int(labels.max()))
         if low < 0 or high >= self.num_classes:
             raise ValueError(f"labels: got {low if low < 0 else high}, expected labels from 0 to {self.num_classes - 1}")
-        return torch.tensor([labels]) if isinstance(labels, int) else labels
+        return torch.tensor([labels], device="cpu") if isinstance(labels, int) else labels
 
     def forward(  # type: ignore[override]
         self, x: Tensor, eps: Tensor | None = None, labels: Tensor | None = None, objective: str = "elbo"

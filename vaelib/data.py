@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_choice, check_image_shape, check_int, check_pixels, check_seed, describe
+from vaelib._validation import (
+    as_path,
+    check_choice,
+    check_image_shape,
+    check_int,
+    check_pixels,
+    check_seed,
+    describe,
+    warn_of_scale,
+)
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -81,6 +90,8 @@ class ImageSet:
         name: where the images come from, for messages and records.
         factors: float tensor (N, F), the factors that generated each image (`shapes` only), else None.
         factor_names: the name of each factor.
+        labelled: False where nobody gave labels; they are then all 0, and what needs labels refuses the set.
+        scale_checked: whether a warning was due already for levels that do not reach beyond 16: it comes once, not for each subset.
 
     Raises:
         ValueError: If pixels or labels have another dtype or shape, or there is no image.
@@ -92,9 +103,14 @@ class ImageSet:
     name: str = "images"
     factors: Tensor | None = None
     factor_names: tuple[str, ...] = ()
+    labelled: bool = True
+    scale_checked: bool = field(default=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_pixels("pixels", self.pixels)
+        if not self.scale_checked:
+            warn_of_scale("pixels", self.pixels)
+            object.__setattr__(self, "scale_checked", True)
         if not isinstance(self.labels, Tensor) or self.labels.dtype != torch.int64 or self.labels.shape != self.pixels.shape[:1]:
             raise ValueError(f"labels: got {describe(self.labels)}, expected an int64 tensor of shape ({len(self.pixels)},)")
         if self.factors is not None and len(self.factors) != len(self.pixels):
@@ -125,7 +141,7 @@ class ImageSet:
 def data_folder() -> Path:
     """Where the real data sets live: `$VAELIB_DATA`, or `vaelib` in the user's cache folder."""
     if folder := os.environ.get("VAELIB_DATA"):
-        return Path(folder).expanduser()
+        return as_path(folder)
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("vaelib", appauthor=False))
@@ -163,7 +179,7 @@ def load_images(name: str, split: str = "train", root: str | Path | None = None,
         return _digits(split)
     if name == "shapes":
         return _shapes(split)
-    root = data_folder() if root is None else Path(root).expanduser()
+    root = data_folder() if root is None else as_path(root)
     _fetch(name, root, download)
     return _read(name, split, root)
 
@@ -174,11 +190,11 @@ def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple
     Raises:
         ValueError: If `valid_size` leaves no image on either side.
     """
-    check_int("valid_size", valid_size)
-    check_seed("seed", seed)
+    valid_size = check_int("valid_size", valid_size)
+    seed = check_seed("seed", seed)
     if valid_size >= len(images):
         raise ValueError(f"valid_size: got {valid_size}, expected less than the {len(images)} images there are")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).to(images.pixels.device)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed), device="cpu").to(images.pixels.device)
     return images[order[valid_size:]], images[order[:valid_size]]
 
 
@@ -190,8 +206,7 @@ def minibatches(
     Every image comes exactly once: the last, smaller batch counts. The first `skip` batches are left out. With the `field`
     ``"labels"`` the labels (B,) come instead: from a generator of the same seed, those of the same images.
     """
-    check_int("batch_size", batch_size)
-    check_int("skip", skip, minimum=0)
+    batch_size, skip = check_int("batch_size", batch_size), check_int("skip", skip, minimum=0)
     values = getattr(images, check_choice("field", field, ("pixels", "labels")))
     if generator is None:
         yield from values.split(batch_size)[skip:]
@@ -270,11 +285,11 @@ def _read(name: str, split: str, root: Path) -> ImageSet:
     if name == "cifar10":
         cifar = CIFAR10(str(root), train=train)
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
-        return ImageSet(pixels, torch.tensor(cifar.targets), CIFAR, name)
+        return ImageSet(pixels, torch.tensor(cifar.targets, device="cpu"), CIFAR, name)
     if name == "binarized-mnist":
         bits = np.unpackbits(np.load(root / f"BinarizedMNIST/binarized_mnist_{split}.npy"), axis=1)
         pixels = torch.from_numpy(255 * np.ascontiguousarray(bits)).view(-1, 1, 28, 28)
-        return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("digit",), name)
+        return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.int64, device="cpu"), ("digit",), name, labelled=False)
     # The idx files themselves: torchvision would prefer a `processed` folder of its earlier versions, which nobody has checked.
     images_file, labels_file = list(CHECKSUMS[name])[:2] if train else list(CHECKSUMS[name])[2:]
     pixels = torch.from_numpy(np.fromfile(root / images_file, np.uint8)[16:].reshape(-1, 1, 28, 28))
@@ -304,19 +319,19 @@ def _shapes(split: str) -> ImageSet:
     """
     count, seed = (4096, 1) if split == "train" else (1024, 2)
     generator = torch.Generator().manual_seed(seed)
-    kind = torch.randint(0, 3, (count,), generator=generator)
-    x, y, size, hue = torch.rand(4, count, generator=generator, dtype=torch.float64)
+    kind = torch.randint(0, 3, (count,), generator=generator, device="cpu")
+    x, y, size, hue = torch.rand(4, count, generator=generator, dtype=torch.float64, device="cpu")
     size = 5 + 5 * size  # half the width, in pixels
     x, y = (size + 1) + x * (30 - 2 * size), (size + 1) + y * (30 - 2 * size)
-    axis = torch.arange(32, dtype=torch.float64) + 0.5
+    axis = torch.arange(32, dtype=torch.float64, device="cpu") + 0.5
     across, down = axis - x[:, None, None], axis[:, None] - y[:, None, None]  # (N, 1, 32), (N, 32, 1)
     radius = size[:, None, None]
     circle = (across**2 + down**2).sqrt() - radius
     square = torch.maximum(across.abs(), down.abs()) - 0.85 * radius
     triangle = torch.maximum(0.894 * across.abs() - 0.447 * down - 0.447 * radius, down - 0.85 * radius)
-    distance = torch.stack([circle, square, triangle.expand_as(circle)])[kind, torch.arange(count)]  # (N, 32, 32), in pixels
+    distance = torch.stack([circle, square, triangle.expand_as(circle)])[kind, torch.arange(count, device="cpu")]  # (N, 32, 32), in pixels
     cover = (0.5 - distance).clamp(0, 1)[:, None]
-    phase = (6 * hue[:, None] + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64)) % 6  # (N, 3): hue to RGB, full saturation
+    phase = (6 * hue[:, None] + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64, device="cpu")) % 6  # (N, 3): hue to RGB, full saturation
     colour = ((phase - 3).abs() - 1).clamp(0, 1)[:, :, None, None]
     pixels = (255 * (0.08 + cover * (0.2 + 0.72 * colour))).round().to(torch.uint8)
     factors = torch.stack([kind.double(), x, y, size, hue], dim=1).float()
@@ -324,13 +339,17 @@ def _shapes(split: str) -> ImageSet:
 
 
 def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name: str = "images") -> ImageSet:
-    """Wrap a ``uint8`` tensor (N, C, H, W) of your own; without labels all are 0."""
+    """Wrap a ``uint8`` tensor (N, C, H, W) of your own; without labels all are 0, and the set is not `labelled`."""
     check_pixels("pixels", pixels)
-    codes = torch.zeros(len(pixels), dtype=torch.int64) if labels is None else torch.as_tensor(labels)
+    try:
+        codes = torch.as_tensor([0] * len(pixels) if labels is None else labels, device=pixels.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        expected = "whole numbers of at least 0, one for each image; ImageSet takes their names as classes"
+        raise ValueError(f"labels: got {describe(labels)}, expected {expected}") from error
     if codes.is_floating_point() or codes.numel() == 0 or codes.min() < 0:
         raise ValueError(f"labels: got {describe(labels)}, expected whole numbers of at least 0")
     codes = codes.long()
-    return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name)
+    return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name, labelled=labels is not None)
 
 
 class ImageFolder(NamedTuple):
@@ -344,10 +363,11 @@ class ImageFolder(NamedTuple):
 def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     """An image file of any format that Pillow reads, as ``uint8`` (C, H, W): turned upright, resized, cropped to its centre.
 
-    What is transparent shows white behind it.
+    What is transparent shows white behind it. 16 bits per pixel are scaled to 8; 32-bit integers and floating-point numbers are refused,
+    since the file does not say which of them are black and white.
 
     Raises:
-        ValueError: If the file is missing or no whole image, or if `image_shape` asks for other than 1 or 3 channels.
+        ValueError: If the file is missing, no whole image or of such numbers, or if `image_shape` asks for other than 1 or 3 channels.
     """
     from PIL import Image, ImageOps
 
@@ -355,10 +375,14 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     if channels not in (1, 3):
         raise ValueError(f"image_shape: got {channels} channels, expected 1 (grey) or 3 (RGB) for an image file")
     try:
-        with Image.open(path) as file:
+        with Image.open(as_path(path)) as file:
             image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # Pillow would clip its 65536 levels at 255
+            wide = image.mode == "I" and file.format in ("PPM", "PNG")  # 16 bits, of which Pillow makes 32
+            if wide or image.mode.startswith("I;16"):  # Pillow would clip the 65536 levels at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            elif image.mode in ("I", "F"):
+                kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
+                raise ValueError(f"its pixels are {kind} on a scale that is not known, expected 8 or 16 bits")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -368,20 +392,47 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(fitted)).view(height, width, channels).permute(2, 0, 1).contiguous()
 
 
+def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Each file below a folder, through links too, with "" or the reason why it cannot be read; see `load_folder`."""
+    links: list[Path] = []
+    folders, seen = [folder], set()  # links are followed last, so that a folder has the name of its own where it has one
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            identity = folder.stat()
+            if (identity.st_dev, identity.st_ino) in seen:
+                yield folder, "a link to a folder that was read before"
+                continue
+            seen.add((identity.st_dev, identity.st_ino))
+            entries = sorted(folder.iterdir())
+        except OSError as error:
+            yield folder, error.strerror or str(error)
+            continue
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry)
+            elif entry.is_file() or entry.is_symlink():
+                yield entry, "" if entry.is_file() else "a broken link"
+
+
 def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
     """All image files of a folder and its subfolders, sorted by name, see `read_image`; other and broken files are skipped.
 
-    Hidden files and folders (the name begins with a dot) are left out silently.
+    Links are followed, but into no folder twice; broken ones and folders that cannot be read are among the skipped. Hidden files and
+    folders (the name begins with a dot) are left out silently, and so is `__MACOSX`, which zip files of macOS bring along.
 
     Raises:
         ValueError: If `path` is no folder, or no image in it can be read.
     """
-    path, found, skipped, reason = Path(path), {}, {}, "it has no files"
+    path, found, skipped, reason = as_path(path), {}, {}, "it has no files"
     if not path.is_dir():
         raise ValueError(f"path: got {path}, expected a folder; {'it is a file' if path.exists() else 'there is none'}")
-    for file in sorted(file for file in path.rglob("*") if file.is_file()):
+    for file, problem in sorted(files_below(path)):
         name = file.relative_to(path).as_posix()
-        if any(part.startswith(".") for part in name.split("/")):
+        if problem:
+            skipped[name] = reason = problem
             continue
         try:
             found[name] = read_image(file, image_shape)

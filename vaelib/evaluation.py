@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from vaelib import noise
-from vaelib._validation import check_int, check_number
+from vaelib._validation import check_int, check_number, plain
 from vaelib.data import ImageSet
 from vaelib.likelihoods import bits_per_dim
 from vaelib.objectives import gaussian_kl, gaussian_log_density
 from vaelib.vae import VAE, Posterior, evaluating, given_labels, heldout_elbo, reparameterize
 
 REFINE, ANNEAL, ACCEPT = 3, 4, 5  # streams of noise beside those of `vaelib.noise`: draws for the ascent, z and momenta, acceptance
+FEW_DRAWS = 10  # an estimate on which fewer draws count is not to be relied on
 PILOTS = 4  # chains of annealed importance sampling that set the step sizes and do not count
 
 
@@ -31,6 +32,8 @@ class Evaluation:
         kl: its KL term, the rate.
         bits_per_dim: of the ELBO; None where x is continuous.
         log_likelihood: importance-weighted estimate of log p(x) from `num_samples` draws; None where it was not asked for.
+        effective_sample_size: how many of these draws count, the median over images; None where none were drawn.
+        share_of_few_draws: the share of images where fewer than ten draws count, so that a few codes carry the estimate; None likewise.
         num_images: how many images it was measured on.
         elbo_samples: draws of z per image for the ELBO.
         num_samples: draws of z per image for `log_likelihood`.
@@ -45,6 +48,8 @@ class Evaluation:
     bits_per_dim: float | None
     log_likelihood: float | None
     log_likelihood_standard_error: float | None
+    effective_sample_size: float | None
+    share_of_few_draws: float | None
     num_images: int
     elbo_samples: int
     num_samples: int
@@ -53,7 +58,8 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data."""
-        return asdict(self)
+        values: dict[str, Any] = plain(asdict(self))
+        return values
 
 
 def standard_error(values: Tensor) -> float:
@@ -82,7 +88,7 @@ def evaluate(
     check_int("num_samples", num_samples, minimum=0)
     terms = heldout_elbo(model, images, elbo_samples, batch_size, seed)
     elbo = terms.elbo.double().mean().item()
-    estimate = log_likelihood(model, images, num_samples, seed=seed) if num_samples else None
+    estimate = importance_weighted_estimate(model, images, num_samples, seed=seed) if num_samples else None
     discrete = model.likelihood.values is not None
     return Evaluation(
         elbo=elbo,
@@ -90,8 +96,10 @@ def evaluate(
         expected_log_likelihood=terms.log_likelihood.double().mean().item(),
         kl=terms.kl.double().mean().item(),
         bits_per_dim=bits_per_dim(elbo, math.prod(model.image_shape), model.likelihood) if discrete else None,
-        log_likelihood=None if estimate is None else estimate.double().mean().item(),
-        log_likelihood_standard_error=None if estimate is None else standard_error(estimate),
+        log_likelihood=estimate and estimate.log_likelihood.double().mean().item(),
+        log_likelihood_standard_error=estimate and standard_error(estimate.log_likelihood),
+        effective_sample_size=estimate and estimate.effective_sample_size.median().item(),
+        share_of_few_draws=estimate and (estimate.effective_sample_size < FEW_DRAWS).double().mean().item(),
         num_images=len(terms.elbo),
         elbo_samples=elbo_samples,
         num_samples=num_samples,
@@ -105,26 +113,54 @@ def log_likelihood(
 ) -> Tensor:
     """Importance-weighted estimate of log p(x) of each image: (N,), nats, on the CPU. eq. importance-weighted-bound
 
+    It is the first part of `importance_weighted_estimate`, which also says how many of the draws count.
+
+    Raises:
+        ValueError: If the model's score is no likelihood.
+    """
+    return importance_weighted_estimate(model, images, num_samples, batch_size, sample_batch, seed).log_likelihood
+
+
+class ImportanceWeightedEstimate(NamedTuple):
+    """An estimate for each image with what it rests on, each (N,), on the CPU.
+
+    Attributes:
+        log_likelihood: of log p(x), nats, low on average. eq. importance-weighted-bound
+        effective_sample_size: how many of the draws count, from 1 to `num_samples`, see `vaelib.effective_sample_size`.
+    """
+
+    log_likelihood: Tensor
+    effective_sample_size: Tensor
+
+
+def importance_weighted_estimate(
+    model: VAE, images: ImageSet | Tensor, num_samples: int = 5000, batch_size: int = 20, sample_batch: int = 100, seed: int = 0
+) -> ImportanceWeightedEstimate:
+    """log p(x) of each image by importance sampling, and the effective sample size of its draws, in one pass.
+
+    Where the size is near 1 a single code carries the estimate, and another seed may give another one by nats. A large size is no
+    proof: codes that q never draws are missing from it too. eq. importance-weighted-bound
+
     Memory is bounded: batch_size * sample_batch codes are decoded at once; on a CPU, few enough to stay in its cache are several
     times as fast. The result depends on neither number, nor on the order of the images. Burda, Grosse and Salakhutdinov 2016.
 
     Raises:
         ValueError: If the model's score is no likelihood.
     """
-    check_int("num_samples", num_samples)
-    check_int("sample_batch", sample_batch)
+    num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
-    estimates = []
+    chunks = []
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
-            total = torch.full((len(x),), -math.inf, dtype=torch.float64)  # on the CPU: MPS has no float64
+            total = squares = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")  # of w and w^2; MPS has no float64
             for start in range(0, num_samples, sample_batch):
                 count = min(sample_batch, num_samples - start)
                 eps = noise.normal_noise(keys, (count, model.latent_dim), noise.LATENT, start * model.latent_dim)
-                log_weights = bound.log_weights(x, count, eps.transpose(0, 1), validate=False)
-                total = torch.logaddexp(total, torch.logsumexp(log_weights, dim=0).cpu().double())
-            estimates.append((total - math.log(num_samples)).float())
-    return torch.cat(estimates)
+                log_weights = bound.log_weights(x, count, eps.transpose(0, 1), validate=False).cpu().double()
+                total = torch.logaddexp(total, torch.logsumexp(log_weights, 0))
+                squares = torch.logaddexp(squares, torch.logsumexp(2 * log_weights, 0))
+            chunks.append((total - math.log(num_samples), (2 * total - squares).exp()))
+    return ImportanceWeightedEstimate(*(torch.cat(values).float() for values in zip(*chunks, strict=True)))
 
 
 def check_normalized(model: VAE) -> None:
@@ -162,7 +198,7 @@ def annealed_log_likelihood(
     for name, value in (("num_steps", num_steps), ("num_chains", num_chains), ("leapfrog_steps", leapfrog_steps)):
         check_int(name, value)
     check_normalized(model)
-    course = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64).sigmoid()
+    course = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64, device="cpu").sigmoid()
     schedule = ((course - course[0]) / (course[-1] - course[0])).tolist()
     estimates = []
     with evaluating(model):
@@ -189,7 +225,7 @@ def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chai
     z = normal(0)
     value, gradient = score(z)
     step_size = torch.full_like(x[:, :1, 0, 0], 0.5)  # (N, 1)
-    log_weights = torch.zeros(num_chains, len(x), dtype=torch.float64)  # on the CPU: MPS has no float64
+    log_weights = torch.zeros(num_chains, len(x), dtype=torch.float64, device="cpu")  # on the CPU: MPS has no float64
     for step, (before, t) in enumerate(pairwise(schedule)):
         log_weights += (t - before) * value[PILOTS:].cpu().double()
         new, new_value, new_gradient, momentum = z, value, gradient, normal(step + 1)
@@ -306,15 +342,14 @@ def inference_gaps(
     Raises:
         ValueError: If the model's score is no likelihood, or its prior is not N(0, I) in one piece.
     """
-    check_int("num_samples", num_samples)
-    check_int("sample_batch", sample_batch)
+    num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
     chunks = []
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
             proposals = (bound.encode(x), refine_posterior(bound, x, steps, learning_rate, seed=seed, validate=False))
             elbos = [-gaussian_kl(*q).cpu().double() for q in proposals]
-            total = torch.full((len(x),), -math.inf, dtype=torch.float64)
+            total = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")
             for start in range(0, num_samples, sample_batch):
                 shape = (min(sample_batch, num_samples - start), model.latent_dim)
                 eps = noise.normal_noise(keys, shape, noise.LATENT, start * model.latent_dim).transpose(0, 1).to(x)
@@ -362,7 +397,7 @@ def kl_per_unit(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, s
 
     A unit at 0 carries nothing: its posterior has collapsed onto the prior.
     """
-    total = torch.zeros(model.latent_dim, dtype=torch.float64)
+    total = torch.zeros(model.latent_dim, dtype=torch.float64, device="cpu")
     with evaluating(model):
         for bound, x, keys in given_labels(model, images, batch_size, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
@@ -399,7 +434,7 @@ def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2
             for kept, value in zip(drawn, (*posterior, z), strict=True):
                 kept.append(value[0].cpu().double())
     mean, log_var, z = (torch.cat(kept) for kept in drawn)
-    chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(seed))[: check_int("num_draws", num_draws)]
+    chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(int(seed)), device="cpu")[: check_int("num_draws", num_draws)]
     precision = (-log_var).exp()
     constant = (mean.square() * precision + log_var).sum(1) + model.latent_dim * math.log(2 * math.pi)  # (N,)
     own, marginal, under_prior = [], [], []

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_choice, check_int, check_number, check_pixels, check_seed, describe
+from vaelib import noise
+from vaelib._validation import check_choice, check_int, check_number, check_pixels, check_seed, describe, warn_of_scale
 from vaelib.data import ImageSet
 from vaelib.evaluation import kl_per_unit, posterior_means
 from vaelib.vae import VAE, evaluating, observations
@@ -32,7 +33,7 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
 
     Args:
         temperature: factor on the prior's standard deviation; below 1 the samples are more typical and less varied.
-        seed: same seed, same images; None draws anew each time.
+        seed: same seed, same images, up to rounding: image i depends on the seed and on i, not on `num_images`. None draws anew each time.
         prior: what z comes from; None is the model's own prior. Else what `fit_mixture` or `fit_second_stage` of `vaelib.priors` gives,
             or any object with a method ``sample(num, temperature, generator)`` that gives z (num, L).
 
@@ -46,7 +47,7 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
     check_number("temperature", temperature)
     generator = None if seed is None else torch.Generator().manual_seed(check_seed("seed", seed))
     if prior is None:
-        eps = temperature * torch.randn(num_images, model.latent_dim, generator=generator)
+        eps = temperature * noise.normal_rows(num_images, model.latent_dim, generator)
         with evaluating(model):
             z = torch.cat([model.sample_prior(part.to(model.device)) for part in eps.split(CHUNK)])
     elif hasattr(prior, "sample"):
@@ -66,6 +67,7 @@ def reconstruct(model: VAE, pixels: Tensor, seed: int = 0) -> Tensor:
         >>> vaelib.reconstruct(model, vaelib.load_images("digits", "test").pixels[:4]).shape
         torch.Size([4, 1, 28, 28])
     """
+    warn_of_scale("pixels", check_pixels("pixels", pixels, model.image_shape))
     with evaluating(model):
         return torch.cat([decode_pixels(model, model.encode(x).mean) for x, _ in observations(model, pixels, 1000, seed)])
 
@@ -90,7 +92,7 @@ def interpolate(model: VAE, a: Tensor, b: Tensor, steps: int = 10, seed: int = 0
     check_int("steps", steps, minimum=2)
     check_choice("kind", kind, ("linear", "spherical"))
     start, end = mean_code(model, "a", a, seed), mean_code(model, "b", b, seed)
-    weight = torch.linspace(0, 1, steps)[:, None]
+    weight = torch.linspace(0, 1, steps, device="cpu")[:, None]
     path = torch.lerp(start.expand(steps, -1), end.expand(steps, -1), weight)
     lengths = start.norm(), end.norm()
     cosine = (start / lengths[0] * (end / lengths[1])).sum()
@@ -134,12 +136,14 @@ def class_means(model: VAE, images: ImageSet) -> Tensor:
     """The mean of the posterior means of each class's images: (num_classes, L), on the CPU.
 
     Raises:
-        ValueError: If a class has no image.
+        ValueError: If the images have no labels, or a class has no image.
     """
+    if not images.labelled:
+        raise ValueError(f"images: got {images.name!r} without labels, expected labels")
     counts = images.labels.cpu().bincount(minlength=len(images.classes))
     if empty := [name for name, count in zip(images.classes, counts.tolist(), strict=True) if not count]:
         raise ValueError(f"images: got no image of {', '.join(empty)}, expected some of each class")
-    total = torch.zeros(len(counts), model.latent_dim).index_add_(0, images.labels.cpu(), posterior_means(model, images))
+    total = torch.zeros(len(counts), model.latent_dim, device="cpu").index_add_(0, images.labels.cpu(), posterior_means(model, images))
     return total / counts[:, None]
 
 
@@ -187,6 +191,6 @@ def latent_grid(model: VAE, side: int = 20, tail: float = 0.02) -> Tensor:
         raise ValueError(f"tail: got {tail}, expected a probability below 0.5")
     if model.latent_dim != 2:
         raise ValueError(f"model: got latent_dim {model.latent_dim}, expected 2: only a plane can be drawn")
-    points = torch.special.ndtri(torch.linspace(tail, 1 - tail, side))
+    points = torch.special.ndtri(torch.linspace(tail, 1 - tail, side, device="cpu"))
     second, first = torch.meshgrid(points.flip(0), points, indexing="ij")
     return decode_pixels(model, torch.stack([first.flatten(), second.flatten()], dim=1))

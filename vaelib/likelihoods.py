@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vaelib._validation import check_choice, check_int, check_number, check_observation, check_pixels, check_same_shape, describe
+from vaelib._validation import (
+    check_choice,
+    check_flag,
+    check_int,
+    check_number,
+    check_observation,
+    check_pixels,
+    check_same_shape,
+    describe,
+    plain,
+)
 
 T = TypeVar("T", float, Tensor)
 
@@ -40,7 +50,7 @@ class Likelihood(nn.Module):
 
     def __init__(self, **config: Any) -> None:
         super().__init__()
-        self.config = config
+        self.config = plain(config)
 
     def param_channels(self, channels: int) -> int:
         """How many numbers the decoder gives per pixel of an image with `channels` channels."""
@@ -111,7 +121,7 @@ def binarize_by_bits(pixels: Tensor, generator: torch.Generator | None = None) -
     Four pixels share one int64 draw, 16 bits each; 257 * pixel is pixel / 255 on the scale of 65535. That the largest of the
     65536 values is lowered by one makes 255 exact, and changes no other pixel.
     """
-    bits = torch.empty((pixels.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    bits = torch.empty((pixels.numel() + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None, generator=generator)
     bits = bits.view(torch.int16)[: pixels.numel()].view(pixels.shape).clamp_(max=32766)
     return bits.lt_(pixels.short().mul_(257).sub_(32768)).float()
 
@@ -293,6 +303,7 @@ class Gaussian(Likelihood):
 
     def __init__(self, scale: float = 1.0, learned: bool = False, discretized: bool = False) -> None:
         check_number("scale", scale, exclusive=True)
+        learned, discretized = check_flag("learned", learned), check_flag("discretized", discretized)
         super().__init__(name="gaussian", scale=scale, learned=learned)
         if discretized:  # only then: `load` wants configs written before this argument unchanged
             self.config["discretized"] = True
@@ -397,7 +408,7 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def __init__(self, num_mixtures: int = 10) -> None:
         super().__init__(name="discretized_logistic_mixture", num_mixtures=check_int("num_mixtures", num_mixtures))
-        self.num_mixtures = num_mixtures
+        self.num_mixtures: int = self.config["num_mixtures"]
 
     def param_channels(self, channels: int) -> int:
         return self.num_mixtures * (channels + 1) * (channels + 2) // 2

@@ -1,4 +1,4 @@
-"""Noise for evaluation that belongs to the image, not to its place in a batch.
+"""Noise for evaluation that belongs to the image, not to its place in a batch; and noise for samples that belongs to the sample.
 
 An estimate that draws its noise from a running generator changes with the batch size and with the order of the images. Here
 each random number is a hash of (the image's pixels, seed, stream, index): the same image meets the same noise in any chunk, in
@@ -29,7 +29,7 @@ def _mix(h: Tensor) -> Tensor:
 def image_keys(pixels: Tensor, seed: int = 0) -> Tensor:
     """One int64 key per image, from its pixels and the seed: (N, C, H, W) uint8 -> (N,)."""
     flat = check_pixels("pixels", pixels).flatten(1).long()
-    check_seed("seed", seed)
+    seed = check_seed("seed", seed)
     weights = _mix(torch.arange(1, flat.shape[1] + 1, device=flat.device) * _GOLDEN)
     return _mix((flat * weights).sum(1) + _mix(torch.full((1,), seed, device=flat.device) * _GOLDEN))
 
@@ -44,3 +44,15 @@ def uniform_noise(keys: Tensor, shape: Sequence[int], stream: int, start: int = 
 def normal_noise(keys: Tensor, shape: Sequence[int], stream: int, start: int = 0) -> Tensor:
     """Standard normal numbers, float32, by the inverse of the normal distribution function: (N, ...)."""
     return math.sqrt(2) * torch.erfinv(2 * uniform_noise(keys, shape, stream, start) - 1)
+
+
+def normal_rows(num: int, width: int, generator: torch.Generator | None = None) -> Tensor:
+    """Standard normal numbers (num, width), float32, on the CPU: row i is the same whatever `num` is.
+
+    One call of `torch.randn` for all of them would not do: it draws fewer than 16 numbers in another way than more, and the last 16
+    anew where their number is no multiple of 16.
+    """
+    rows = torch.empty(num, width, device="cpu")
+    for row in rows:
+        row.normal_(generator=generator)
+    return rows

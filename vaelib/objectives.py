@@ -52,15 +52,19 @@ def gaussian_kl(mean: Tensor, log_var: Tensor, prior_mean: Tensor | None = None,
 def gaussian_kl_per_unit(
     mean: Tensor, log_var: Tensor, prior_mean: Tensor | None = None, prior_log_var: Tensor | None = None
 ) -> Tensor:
-    """The terms that `gaussian_kl` adds up, one for each latent unit: (N, L) -> (N, L), nats. eq. gaussian-kl"""
+    """The terms that `gaussian_kl` adds up, one for each latent unit: (N, L) -> (N, L), nats. eq. gaussian-kl
+
+    None is below 0: s = log_var goes in as expm1(s) - s, and expm1(s), above s by s^2 / 2 at least near 0, rounds to s or above it.
+    In exp(s) - 1 - s the digits of s near 0 are lost beside the 1.
+    """
     if prior_mean is None and prior_log_var is None:
         check_same_shape(mean=mean, log_var=log_var)
-        return 0.5 * (mean**2 + log_var.exp() - 1 - log_var)
+        return 0.5 * (mean**2 + (log_var.expm1() - log_var))
     prior_mean = torch.zeros_like(mean) if prior_mean is None else prior_mean
     prior_log_var = torch.zeros_like(log_var) if prior_log_var is None else prior_log_var
     check_same_shape(mean=mean, log_var=log_var, prior_mean=prior_mean, prior_log_var=prior_log_var)
     difference = log_var - prior_log_var
-    return 0.5 * ((mean - prior_mean) ** 2 * (-prior_log_var).exp() + difference.exp() - 1 - difference)
+    return 0.5 * ((mean - prior_mean) ** 2 * (-prior_log_var).exp() + (difference.expm1() - difference))
 
 
 def gaussian_log_density(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
@@ -94,9 +98,34 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     Raises:
         ValueError: Unless log_weights has two axes and at least one sample.
     """
+    check_log_weights(log_weights)
+    return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
+
+
+def effective_sample_size(log_weights: Tensor) -> Tensor:
+    """How many of K draws count, (sum of w)^2 / sum of w^2: (K, N) -> (N,), from 1 to K.
+
+    K where all weights are equal, 1 where one draw has everything. Kong, Liu and Wong 1994.
+
+    Args:
+        log_weights: as for `importance_weighted_bound`; a constant added to them changes nothing.
+
+    Raises:
+        ValueError: Unless log_weights has two axes and at least one sample.
+
+    Example:
+        >>> import torch, vaelib
+        >>> vaelib.effective_sample_size(torch.tensor([[3.0], [1.0], [0.0]]).log())
+        tensor([1.6000])
+    """
+    check_log_weights(log_weights)
+    return 1 / log_weights.softmax(0).square().sum(0)
+
+
+def check_log_weights(log_weights: Tensor) -> None:
+    """ValueError unless log_weights has shape (K, N) with K >= 1."""
     if log_weights.dim() != 2 or len(log_weights) == 0:
         raise ValueError(f"log_weights: got {describe(log_weights)}, expected shape (K, N) with K >= 1")
-    return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
 
 
 def doubly_reparameterized_bound(log_likelihood: Tensor, z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:

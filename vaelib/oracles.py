@@ -38,8 +38,8 @@ class LinearGaussian:
 
     def sample(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws of x: (count, D)."""
-        z = torch.randn(count, self.latent_dim, generator=generator, dtype=self.weight.dtype).to(self.weight.device)
-        noise = torch.randn(count, self.num_dims, generator=generator, dtype=self.weight.dtype).to(self.weight.device)
+        z = torch.randn(count, self.latent_dim, generator=generator, dtype=self.weight.dtype, device="cpu").to(self.weight.device)
+        noise = torch.randn(count, self.num_dims, generator=generator, dtype=self.weight.dtype, device="cpu").to(self.weight.device)
         return z @ self.weight.T + self.bias + self.scale * noise
 
     def log_evidence(self, x: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ def gaussian_pixels_log_prob(train: Tensor, test: Tensor, seed: int = 0) -> Tens
     mean = x.mean(0)
     x -= mean
     dim = len(mean)
-    covariance = x.T @ x / len(x) + torch.eye(dim, dtype=x.dtype) / 12  # of pixels + u
+    covariance = x.T @ x / len(x) + torch.eye(dim, dtype=x.dtype, device=x.device) / 12  # of pixels + u
     factor = torch.linalg.cholesky(covariance)
-    u = torch.rand(len(test), dim, generator=torch.Generator().manual_seed(check_seed("seed", seed)), dtype=x.dtype)
+    u = torch.rand(len(test), dim, generator=torch.Generator().manual_seed(check_seed("seed", seed)), dtype=x.dtype, device="cpu")
     whitened = torch.linalg.solve_triangular(factor, (test.flatten(1) + u - mean).T, upper=False)
     log_density: Tensor = -0.5 * (whitened**2).sum(0) - factor.diagonal().log().sum() - 0.5 * dim * math.log(2 * math.pi)
     return log_density

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
 from torch import Tensor
 
-from vaelib._validation import check_int, check_pixels
+from vaelib._validation import check_int, check_pixels, describe
 
 # Okabe and Ito 2008, in an order whose neighbours differ in lightness too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
@@ -63,7 +63,7 @@ def tile(pixels: Tensor, columns: int | None = None, gap: int = 1, ground: int =
     count, channels, height, width = pixels.shape
     columns = check_int("columns", columns) if columns is not None else math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    sheet = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), ground, dtype=torch.uint8)
+    sheet = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), ground, dtype=torch.uint8, device="cpu")
     for i, image in enumerate(pixels.cpu()):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[:, top : top + height, left : left + width] = image
@@ -102,9 +102,11 @@ def show_images(
 
 def training_curves(history: Sequence[dict[str, float]], skip: int = 0) -> Figure:
     """The ELBO and its two terms by epoch, training and held out, in nats; `skip` leaves the first epochs out of the view."""
+    shown = list(history)[check_int("skip", skip, minimum=0) :]
+    if not shown:
+        raise ValueError(f"history: got {len(history)} finished epochs and skip {skip}, expected an epoch to show")
     with style():
         figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharex=True)
-        shown = list(history)[skip:]
         names = {"elbo": "ELBO", "log_likelihood": "E[log p(x given z)]", "kl": "KL to the prior"}
         for ax, (term, title) in zip(axes, names.items(), strict=True):
             for color, (part, label) in zip(PALETTE, {"train": "training", "valid": "held out"}.items(), strict=False):
@@ -134,6 +136,15 @@ def apart(places: Tensor, distance: float) -> Tensor:
 
 def latent_scatter(codes: Tensor, labels: Tensor, classes: Sequence[str], ax: Axes | None = None) -> Figure:
     """Posterior means in a 2-D latent space, coloured by class, each class named at its median or, where names would meet, beside it."""
+    if not isinstance(codes, Tensor) or codes.dim() != 2 or codes.shape[1] != 2:
+        expected = "shape (N, 2): a plane; take two latents, such as codes[:, most_used_units(model, images, 2)]"
+        raise ValueError(f"codes: got {describe(codes)}, expected {expected}")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != codes.shape[:1]:
+        expected = f"an int64 tensor of shape ({len(codes)},), the numbers of the classes"
+        raise ValueError(f"labels: got {describe(labels)}, expected {expected}")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        got = int(labels.min() if labels.min() < 0 else labels.max())
+        raise ValueError(f"labels: got {got}, expected numbers from 0 to {len(classes) - 1}, one for each of the classes")
     codes, labels = codes.cpu(), labels.cpu()
     with style():
         if ax is None:

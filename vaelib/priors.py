@@ -1,6 +1,7 @@
 """Priors fitted after training: the decoder has met draws of q(z given x), and their distribution over all images is not p(z).
 
-Each is fitted to `posterior_samples` and goes into `generate(model, num_images, prior=...)`.
+Each is fitted to `posterior_samples` and goes into `generate(model, num_images, prior=...)`. With a generator of the same seed sample i
+is the same, up to rounding, whatever the number of samples.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vaelib import noise
-from vaelib._validation import check_int
+from vaelib._validation import check_int, check_seed
 from vaelib.data import ImageSet
 from vaelib.objectives import loss
 from vaelib.vae import VAE, evaluating, given_labels, mlp_vae
@@ -56,8 +57,10 @@ class MixturePrior(NamedTuple):
 
     def sample(self, num: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """`num` codes (num, L); `temperature` is a factor on the standard deviation of each component."""
-        component = torch.multinomial(self.weights, check_int("num", num), replacement=True, generator=generator)
-        eps = temperature * torch.randn(num, self.means.shape[1], generator=generator)
+        coin, eps = noise.normal_rows(check_int("num", num), 1 + self.means.shape[1], generator).split([1, self.means.shape[1]], dim=1)
+        edges = self.weights.double().cumsum(0)[:-1]
+        component = torch.searchsorted(edges, torch.special.ndtr(coin[:, 0].double()), right=True)
+        eps = temperature * eps
         z = self.means[component]
         for k, root in enumerate(self.roots):
             z[component == k] += eps[component == k] @ root.T
@@ -99,7 +102,7 @@ class SecondStagePrior(NamedTuple):
 
     def sample(self, num: int, temperature: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
         """`num` codes (num, L); `temperature` is a factor on the standard deviation of u and of z given u."""
-        u, eps = temperature * torch.randn(2, check_int("num", num), len(self.mean), generator=generator)
+        u, eps = (temperature * noise.normal_rows(check_int("num", num), 2 * len(self.mean), generator)).chunk(2, dim=1)
         with evaluating(self.model):
             z: Tensor = self.model.decode(u).flatten(1) + self.model.likelihood.log_scale.exp() * eps  # type: ignore[operator]
         return self.mean + self.std * z
@@ -123,7 +126,7 @@ def fit_second_stage(
     Raises:
         ValueError: If the model has more than 1024 latent dimensions, or there are fewer than two images.
     """
-    check_int("epochs", epochs)
+    epochs, seed = check_int("epochs", epochs), check_seed("seed", seed)
     codes = codes_to_fit(model, images, seed, 2)
     mean, std = codes.mean(0), codes.std(0).clamp(min=1e-6)
     x = ((codes - mean) / std)[:, :, None, None]  # (N, L, 1, 1)
@@ -135,8 +138,8 @@ def fit_second_stage(
     optimizer = torch.optim.Adam(stage.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // 100))
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator).split(100):
-            eps = torch.randn(1, len(batch), model.latent_dim, generator=generator)
+        for batch in torch.randperm(len(x), generator=generator, device="cpu").split(100):
+            eps = torch.randn(1, len(batch), model.latent_dim, generator=generator, device="cpu")
             optimizer.zero_grad()
             loss(stage(x[batch].to(model.device), eps.to(model.device))).backward()
             optimizer.step()

@@ -133,7 +133,7 @@ def manifold_scores(real: Tensor, fake: Tensor, k: int = 5, block: int = 1000) -
         ValueError: For bad features, or k not below the number of features of each set.
     """
     real, fake = check_features(real=real, fake=fake)
-    check_int("block", block)
+    block = check_int("block", block)
     if check_int("k", k) >= min(len(real), len(fake)):
         raise ValueError(f"k: got {k}, expected less than the number of features, {min(len(real), len(fake))} in the smaller set")
     centre = real.mean(0)
@@ -141,7 +141,7 @@ def manifold_scores(real: Tensor, fake: Tensor, k: int = 5, block: int = 1000) -
     real, fake = (real - centre) / longest, (fake - centre) / longest
     radius, fake_radius = (torch.cat([d.kthvalue(k + 1).values for d in distance_rows(x, x, block)]) for x in (real, fake))
     inside, within = 0, 0  # fake features in some real ball; pairs of a fake feature and a real ball that holds it
-    covered, recalled = torch.zeros(2, len(real), dtype=torch.bool)
+    covered, recalled = torch.zeros(2, len(real), dtype=torch.bool, device="cpu")
     for distance, own in zip(distance_rows(fake, real, block), fake_radius.split(block), strict=True):
         held = distance <= radius
         inside, within = inside + int(held.any(1).sum()), within + int(held.sum())

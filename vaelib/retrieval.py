@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import conv2d, normalize
 
-from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
+from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed, describe
 from vaelib.data import ImageSet
 from vaelib.evaluation import posteriors
 from vaelib.storage import build, signature, writable_folder, write_tensors
@@ -53,7 +54,8 @@ def distance_between(p: Posterior, q: Posterior, distance: str) -> Tensor:
     squared, change = (p.mean - q.mean).square(), (p.log_var - q.log_var) / 2
     if distance == "symmetric_kl":
         return (2 * change.sinh().square() + squared * ((-p.log_var).exp() + (-q.log_var).exp()) / 2).sum(-1)
-    log_cosh = torch.logaddexp(change, -change) - math.log(2)
+    large = torch.logaddexp(change, -change) - math.log(2)
+    log_cosh = torch.where(change.abs() < 1, (2 * (change / 2).sinh().square()).log1p(), large)  # near 0 `large` loses its digits
     return (squared / (p.log_var.exp() + q.log_var.exp()) / 4 + log_cosh / 2).sum(-1)
 
 
@@ -129,10 +131,10 @@ def query_side(q: Posterior, distance: str) -> tuple[Tensor, Tensor]:
     if distance == "euclidean":
         return with_column(-2 * q.mean.float(), 1), q.mean.double().square().sum(1)
     if distance == "cosine":
-        return with_column(-normalize(q.mean.float(), dim=1), 1), torch.ones(len(q.mean))
+        return with_column(-normalize(q.mean.float(), dim=1), 1), torch.ones(len(q.mean), device="cpu")
     mean, log_var = q.mean.double(), q.log_var.double()  # products of precisions are too wide for float32
     if distance == "bhattacharyya":
-        return with_column(torch.cat([mean, log_var], 1), 1), torch.zeros(len(mean))
+        return with_column(torch.cat([mean, log_var], 1), 1), torch.zeros(len(mean), device="cpu")
     precision = (-log_var).exp()
     phi = torch.cat([(log_var.exp() + mean**2) / 2, precision / 2, -mean, -mean * precision], 1)
     return with_column(phi, 1), (mean**2 * precision).sum(1) / 2 - mean.shape[1]
@@ -265,13 +267,15 @@ def average_precision(
         parts = [scores(phi, psi, distance) for _, psi, _ in database_sides(x, distance, block)]
         ranking = torch.cat(parts).T.argsort(dim=1, stable=True).cpu()
         hits = labels[ranking] == query_labels[rows, None]
-        precision = hits.cumsum(1).double() / torch.arange(1, len(labels) + 1)
+        precision = hits.cumsum(1).double() / torch.arange(1, len(labels) + 1, device="cpu")
         result.append((precision * hits).sum(1) / relevant[rows])
     return torch.cat(result)
 
 
 def check_relevant(query_labels: Tensor, labels: Tensor) -> Tensor:
     """How many of the database's images have the class of each query: (Q,), at least 1."""
+    for argument, value in (("query_labels", query_labels), ("labels", labels)):
+        check_classes(argument, value)
     relevant = torch.bincount(labels, minlength=int(query_labels.max()) + 1)[query_labels]
     if not relevant.all():
         missing = query_labels[relevant == 0][0].item()
@@ -279,14 +283,23 @@ def check_relevant(query_labels: Tensor, labels: Tensor) -> Tensor:
     return relevant
 
 
+def check_classes(argument: str, value: Any, dim: int = 1) -> Tensor:
+    """`value` if it is an int64 tensor of class numbers, none of them the -1 of an image without a label."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != dim or value.numel() == 0:
+        raise ValueError(f"{argument}: got {describe(value)}, expected the numbers of classes, an int64 tensor with {dim} axes")
+    if value.min() < 0:
+        raise ValueError(f"{argument}: got {int((value < 0).sum())} images without a label (-1), expected a class for each")
+    return value
+
+
 def bootstrap_interval(values: Tensor, level: float = 0.95, num_resamples: int = 1000, seed: int = 0) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean of values (Q,): (low, high). Efron 1979."""
     if not 0 < check_number("level", level) < 1:
         raise ValueError(f"level: got {level}, expected a share between 0 and 1")
     generator = torch.Generator().manual_seed(check_seed("seed", seed))
-    draws = (torch.randint(len(values), values.shape, generator=generator) for _ in range(check_int("num_resamples", num_resamples)))
-    means = torch.stack([values[draw].double().mean() for draw in draws])
-    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    values, shape = values.cpu().double(), (check_int("num_resamples", num_resamples), *values.shape)
+    means = torch.stack([values[torch.randint(len(values), shape[1:], generator=generator, device="cpu")].mean() for _ in range(shape[0])])
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")).tolist()
     return low, high
 
 
@@ -300,9 +313,15 @@ def score_retrieval(
         query_labels: (Q,).
         labels: of the database, (N,).
         per_query: more scores (Q,) by name, such as ``mean_average_precision=average_precision(...)``.
+
+    Raises:
+        ValueError: For k above the number of neighbours, or labels that are no numbers of classes, -1 for want of one, or all the same.
     """
-    if check_int("k", k) > found.shape[1]:
+    check_classes("query_labels", query_labels), check_classes("labels", labels)
+    if check_int("k", k) > check_classes("found", found, 2).shape[1]:
         raise ValueError(f"k: got {k}, expected at most the {found.shape[1]} neighbours that were found")
+    if (labels == labels[0]).all():
+        raise ValueError(f"labels: got class {int(labels[0])} for all images, expected several: of one class all that is found is right")
     found = found[:, :k]
     per_query["precision_at_k"] = precision_at_k(found, query_labels)
     per_query["recall_at_k"] = recall_at_k(found, query_labels, labels)
@@ -351,7 +370,8 @@ class LatentIndex:
     source: dict[str, str]
     method: str
     model_hash: str
-    structure: Any = None  # FAISS's
+    structure: Any = None  # FAISS's, of the distinct codes: many equal ones would cut the graph of HNSW in parts that cannot be reached
+    rows: Any = None  # beside it, int64: the images, those of one code together (N,), and where those of each code start (D,)
 
     @classmethod
     def build(
@@ -377,8 +397,8 @@ class LatentIndex:
         check_choice("method", method, METHODS)
         if model.needs_labels:
             raise ValueError("model: got a conditional VAE, expected one that encodes without labels")
-        codes = Posterior(torch.empty(0, model.latent_dim), torch.empty(0, model.latent_dim))
-        index = cls(model, codes, torch.empty(0, dtype=torch.int64), (), (), source or {}, method, fingerprint(model))
+        codes = Posterior(*torch.empty(2, 0, model.latent_dim, device="cpu"))
+        index = cls(model, codes, torch.empty(0, dtype=torch.int64, device="cpu"), (), (), source or {}, method, fingerprint(model))
         index.add(images, names, batch_size)
         return index
 
@@ -408,17 +428,22 @@ class LatentIndex:
         """
         new = self._encode(images, batch_size)
         count = len(new.mean)
-        classes = images.classes if isinstance(images, ImageSet) else ()
-        labels = images.labels.cpu() if isinstance(images, ImageSet) else torch.full((count,), -1)
+        labelled = isinstance(images, ImageSet) and images.labelled
+        classes = images.classes if labelled else ()  # type: ignore[union-attr]
+        labels = images.labels.cpu() if labelled else torch.full((count,), -1, device="cpu")  # type: ignore[union-attr]
         if self.classes and classes and self.classes != classes:
             raise ValueError(f"images: got the classes {describe(classes)}, expected those of the index, {describe(self.classes)}")
         if len(names) not in ({0, count} if len(self) == 0 else {count if self.names else 0}):
             raise ValueError(f"names: got {len(names)} for {count} images, expected one for each image of the index, or none at all")
-        if self.method != "exact":
-            self.structure = extended(self.structure, self.method, new.mean)
-        self.source = {} if len(self) else self.source
         device = self.codes.mean.device
-        self.codes = Posterior(*(torch.cat([old, part.to(device)]) for old, part in zip(self.codes, new, strict=True)))
+        codes = Posterior(*(torch.cat([old, part.to(device)]) for old, part in zip(self.codes, new, strict=True)))
+        if self.method != "exact":
+            mean = codes.mean.cpu()
+            self.rows = by_code(mean)
+            first = self.rows[0][self.rows[1]]
+            self.structure = extended(self.structure, self.method, mean[first[first >= len(self)]])
+        self.source = {} if len(self) else self.source
+        self.codes = codes
         self.labels, self.names = torch.cat([self.labels, labels]), (*self.names, *names)
         self.classes = self.classes or classes
 
@@ -452,15 +477,33 @@ class LatentIndex:
             self.structure.hnsw.efSearch = max(check_int("effort", effort), k)
         else:
             self.structure.nprobe = min(check_int("effort", effort), self.structure.nlist)
-        columns = torch.from_numpy(self.structure.search(q.mean.float().cpu().numpy(), wanted)[1]).sort(1).values
-        lacking = columns[:, 0] < 0  # FAISS came upon fewer codes than were wanted
-        distances = exact_distances(q, x, columns.clamp(min=0), distance)
-        order = distances.argsort(dim=1, stable=True)[:, :k]
+        hits = torch.from_numpy(self.structure.search(q.mean.float().cpu().numpy(), min(wanted, self.structure.ntotal))[1])
+        columns, lacking = self._expanded(q, hits, k)
+        distances = exact_distances(q, x, columns, distance)
+        order = distances.argsort(dim=1, stable=True)
         found = Neighbours(columns.gather(1, order), distances.gather(1, order))
         if lacking.any():
             for part, exact in zip(found, nearest_neighbours(q.mean[lacking.to(x.mean.device)], x.mean, k), strict=True):
                 part[lacking] = exact
         return found
+
+    def _expanded(self, q: Posterior, hits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The images of the distinct codes `hits` (Q, C), -1 where FAISS came upon no more, nearest codes first, up to k of them.
+
+        Returns:
+            The images (Q, k), sorted by their indices, and which queries lack some of their k, bool (Q,).
+        """
+        rows, starts = self.rows
+        counts = torch.diff(starts, append=torch.tensor([len(rows)], device="cpu"))
+        hits = hits.sort(1).values  # so that a stable sort leaves ties in the order of their first images
+        distances = exact_distances(q, Posterior(self.codes.mean, None), rows[starts[hits.clamp(min=0)]], "euclidean")  # type: ignore[arg-type]
+        hits = hits.gather(1, distances.masked_fill(hits < 0, torch.inf).argsort(dim=1, stable=True))
+        held = counts[hits.clamp(min=0)].masked_fill(hits < 0, 0)  # images of each code
+        ends = held.cumsum(1)
+        place = torch.arange(k, device="cpu").repeat(len(hits), 1)
+        column = torch.searchsorted(ends, place, right=True).clamp(max=hits.shape[1] - 1)  # of the code whose image stands there
+        offset = (place - (ends - held).gather(1, column)).minimum(held.gather(1, column) - 1).clamp(min=0)
+        return rows[starts[hits.gather(1, column).clamp(min=0)] + offset].sort(1).values, ends[:, -1] < k
 
     def save(self, path: str | Path) -> None:
         """Write the index with its model to one safetensors file, whole or not at all.
@@ -478,7 +521,8 @@ class LatentIndex:
         tensors["names"] = torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
         if self.structure is not None:
             tensors["structure"] = torch.from_numpy(faiss().serialize_index(self.structure))
-        path = Path(path)
+            tensors["rows"], tensors["starts"] = self.rows
+        path = as_path(path)
         partial = writable_folder("path", path.parent) / f".{path.name}.partial"
         try:
             write_tensors(partial, tensors, {"index": json.dumps(about)})
@@ -497,8 +541,9 @@ class LatentIndex:
         Raises:
             ValueError: If the file is broken, no index or of another version, or was made with another model.
         """
+        path = as_path(path)
         try:
-            if Path(path).is_dir():
+            if path.is_dir():
                 raise ValueError("it is a folder")
             with safe_open(path, "pt") as file:
                 if "index" not in (metadata := file.metadata() or {}):
@@ -517,7 +562,11 @@ class LatentIndex:
             names = tuple(json.loads(bytes(tensors["names"].numpy())))
             classes, method = tuple(about["classes"]), check_choice("method", about["method"], METHODS)
             structure = None if method == "exact" else faiss().deserialize_index(tensors["structure"].numpy())
-            index = cls(model, codes, labels, classes, names, about["source"], method, about["model_hash"], structure)
+            every = torch.arange(len(labels), device="cpu")  # a file of version 0.1.0 has each image's code in the structure
+            rows = () if structure is None else (tensors.get("rows", every), tensors.get("starts", every))
+            if structure is not None and tuple(map(len, rows)) != (len(labels), structure.ntotal):
+                raise ValueError("its parts are of different sizes")
+            index = cls(model, codes, labels, classes, names, about["source"], method, about["model_hash"], structure, rows)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"path: got {path}, expected an index written by LatentIndex.save ({reason})") from error
@@ -536,7 +585,7 @@ class LatentIndex:
 def is_index(path: str | Path) -> bool:
     """Whether the file is one that `LatentIndex.save` wrote, by its header."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(as_path(path), "pt") as file:
             return "index" in (file.metadata() or {})
     except (OSError, SafetensorError):
         return False
@@ -551,8 +600,20 @@ def faiss() -> Any:
     return faiss
 
 
+def by_code(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows, those of equal codes together, and where each distinct code starts among them: (N, L) float32 -> (N,), (D,), on the CPU.
+
+    Both are in order: codes by the first row that has them.
+    """
+    values = np.ascontiguousarray((codes + 0.0).numpy())  # + 0.0: -0 and 0 are one number, with different bits
+    whole = values.view(np.dtype((np.void, values[0].nbytes)))[:, 0]
+    _, first, code = np.unique(whole, return_index=True, return_inverse=True)
+    rows = np.argsort(first[code], kind="stable")
+    return torch.from_numpy(rows), torch.from_numpy(np.flatnonzero(np.isin(rows, first)))
+
+
 def extended(structure: Any, method: str, mean: Tensor) -> Any:
-    """FAISS's structure with the codes (N, L) added; a new one, trained on them, where there is none.
+    """FAISS's structure with the codes (N, L) added, all distinct; a new one, trained on them, where there is none.
 
     HNSW: 32 links, efConstruction 100 (Malkov and Yashunin 2020). IVF-PQ: 4 sqrt(N) lists, one byte for four latents or more
     (Jegou, Douze and Schmid 2011).
@@ -563,7 +624,7 @@ def extended(structure: Any, method: str, mean: Tensor) -> Any:
         structure.hnsw.efConstruction = 100
     elif structure is None:
         if count < 256:
-            raise ValueError(f"images: got {count}, expected at least 256 to train the method 'ivf_pq' on")
+            raise ValueError(f"images: got {count}, expected at least 256 with distinct codes to train the method 'ivf_pq' on")
         pieces = max(m for m in range(1, max(2, width // 4 + 1)) if width % m == 0)
         structure = faiss().index_factory(width, f"IVF{min(4 * math.isqrt(count), count // 40 + 1)},PQ{pieces}x8")
         structure.cp.min_points_per_centroid = structure.pq.cp.min_points_per_centroid = 1  # else it prints advice

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vaelib._validation import check_choice
+from vaelib._validation import as_path, check_choice
 from vaelib.conditional import conditional_vae
 from vaelib.hierarchical import hierarchical_vae, two_layer_vae
 from vaelib.vae import VAE, conv_vae, mlp_vae
@@ -31,7 +31,7 @@ MODELS: dict[str, Callable[..., VAE]] = {
 
 def writable_folder(argument: str, path: str | Path) -> Path:
     """`path` as a folder that exists and can be written to; otherwise a ValueError that names `argument`."""
-    path = Path(path)
+    path = as_path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -121,7 +121,7 @@ def load(path: str | Path) -> VAE:
         ...     vaelib.load(folder).latent_dim
         2
     """
-    path = Path(path)
+    path = as_path(path)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             raise ValueError(f"path: got {path}, expected a folder written by vaelib.save; it has no {name}")

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_choice, check_int, check_number, check_seed, describe
+from vaelib._validation import as_path, check_choice, check_flag, check_int, check_number, check_seed, describe, plain
 from vaelib.checkpoints import FILE, fingerprint, read_checkpoint, write_checkpoint
 from vaelib.data import ImageSet, minibatches
 from vaelib.distributed import Group, join
 from vaelib.objectives import ElboTerms, loss
 from vaelib.storage import write_text
-from vaelib.vae import VAE, heldout_elbo
+from vaelib.vae import VAE, heldout_elbo, labels_for
 
 # LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
 OPTIMIZERS: dict[str, Any] = {
@@ -111,6 +111,8 @@ class TrainConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("epochs", "batch_size", "num_samples", "checkpoint_epochs"):
             check_int(name, getattr(self, name))
         for name, highest, meaning in (("warmup", 1, "share of the steps"), ("ema_decay", 1, "decay")):
@@ -141,8 +143,7 @@ class TrainConfig:
         elif not isinstance(self.compile, bool):
             raise ValueError(f"compile: got {describe(self.compile)}, expected True, False or a mode of torch.compile")
         for name in ("flip", "channels_last", "progress"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: got {describe(getattr(self, name))}, expected True or False")
+            check_flag(name, getattr(self, name))
         if self.optimizer_options is not None and not isinstance(self.optimizer_options, dict):
             raise ValueError(f"optimizer_options: got {describe(self.optimizer_options)}, expected a dict")
         if not callable(self.optimizer):
@@ -431,7 +432,7 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
         if these.image_shape != model.image_shape:
             raise ValueError(f"{name}: got images of shape {these.image_shape}, expected {model.image_shape} as the model has")
         if model.needs_labels:
-            model.given(these.labels)  # a check of their range
+            labels_for(model, name, these)
     if config.batch_size > len(images):
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the {len(images)} images of the set")
     if config.objective == "dreg" and model.layered:
@@ -514,7 +515,7 @@ def fit(
     check_arguments(model, images, valid, config)
     if folder is None and (resume or tensorboard):
         raise ValueError(f"folder: got None, expected a folder to {'resume from' if resume else 'write TensorBoard logs to'}")
-    folder = None if folder is None else Path(folder)
+    folder = None if folder is None else as_path(folder)
     if folder is not None and (folder / FILE).exists() and not resume:
         raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
     identity = {} if folder is None else {

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import noise
-from vaelib._validation import check_image_shape, check_int, check_observation, check_pixels, check_same_shape, describe
+from vaelib._validation import (
+    check_image_shape,
+    check_int,
+    check_observation,
+    check_pixels,
+    check_same_shape,
+    describe,
+    plain,
+    warn_of_scale,
+)
 from vaelib.data import ImageSet
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
@@ -82,7 +91,7 @@ class VAE(nn.Module):
         self.image_shape = check_image_shape("image_shape", image_shape)
         self.latent_shape = check_latent_dim(latent_dim)
         self.latent_dim = math.prod(self.latent_shape)
-        self.config = config
+        self.config = plain(config)
 
     @property
     def device(self) -> torch.device:
@@ -259,12 +268,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (x, keys) on the model's device; an image's x and its key don't depend on the chunk that it is in."""
     check_pixels("pixels", pixels, model.image_shape)
-    check_int("batch_size", batch_size)
-    for chunk in pixels.split(batch_size):
+    for chunk in pixels.split(check_int("batch_size", batch_size)):
         chunk = chunk.to(model.device)
         keys = noise.image_keys(chunk, seed)
         uniform = noise.uniform_noise(keys, chunk.shape[1:], noise.OBSERVE)
         yield model.likelihood.observe(chunk, uniform=uniform), keys
+
+
+def labels_for(model: VAE, argument: str, images: ImageSet) -> Tensor:
+    """The labels of a set for a model that needs them; ValueError where it has none, or others than the model."""
+    if not images.labelled:
+        expected = "expected labels, or model.given(label): the model is conditional"
+        raise ValueError(f"{argument}: got {images.name!r} without labels, {expected}")
+    model.given(images.labels)
+    return images.labels
 
 
 def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: int) -> Iterator[tuple[VAE, Tensor, Tensor]]:
@@ -273,10 +290,14 @@ def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: i
     Args:
         images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), which have no labels.
     """
-    pixels, labels = (images.pixels, images.labels) if isinstance(images, ImageSet) else (images, None)
+    if isinstance(images, ImageSet):
+        pixels, labels = images.pixels, labels_for(model, "images", images) if model.needs_labels else None
+    else:
+        pixels, labels = images, None
+        warn_of_scale("pixels", check_pixels("pixels", pixels, model.image_shape))
     start = 0
     for x, keys in observations(model, pixels, batch_size, seed):
-        yield (model if labels is None or not model.needs_labels else model.given(labels[start : start + len(x)])), x, keys
+        yield (model if labels is None else model.given(labels[start : start + len(x)])), x, keys
         start += len(x)
 
 
@@ -379,7 +400,7 @@ def conv_vae(
     config = {
         "model": "conv",
         "image_shape": list(image_shape),
-        "latent_dim": latent_dim if isinstance(latent_dim, int) else list(latent_dim),
+        "latent_dim": list(latent_dim) if isinstance(latent_dim, Sequence) else latent_dim,
         "likelihood": likelihood.config,
         "channels": list(channels),
         "residual_blocks": residual_blocks,

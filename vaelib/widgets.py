@@ -82,7 +82,7 @@ def latent_explorer(
         step = -(-len(codes) // 2000)
         names = named("labels", labels, len(codes), classes)[::step]
         kinds = sorted(set(names))
-        indices = torch.tensor([kinds.index(name) for name in names])
+        indices = torch.tensor([kinds.index(name) for name in names], device="cpu")
         data |= {"codes": encoded(codes[::step]), "labels": encoded(indices, torch.uint8), "classes": kinds}
     return widget("explorer", data, caption, alt, still, "50cqw + 62px", "100cqw + 96px")
 
@@ -124,7 +124,7 @@ def traversal_sliders(
     data |= {"units": list(units), "span": check_number("span", span, exclusive=True)}
     z = code.repeat(len(units), 9, 1)
     for row, unit in enumerate(units):
-        z[row, :, unit] = torch.linspace(-span, span, 9)
+        z[row, :, unit] = torch.linspace(-span, span, 9, device="cpu")
     still = sheet(decode_pixels(model, z.flatten(0, 1)), 9, [f"z[{unit}]" for unit in units])
     sliders = f"{36 * len(units) + 106}px"
     return widget("traversal", data, caption, alt, still, f"max(40cqw + 20px, {sliders})", f"{sliders} + 190px")
@@ -236,7 +236,7 @@ def page_decoder(model: VAE) -> dict[str, Any]:
         raise ValueError(f"model: got {got}, expected MLPDecoder and Bernoulli: the page computes that mean itself")
     shape = check_channels("model", model.image_shape)
     activation = next((layer for layer in decoder.hidden if not isinstance(layer, nn.Linear)), nn.ReLU())
-    h, layers = torch.randn(1000, model.latent_dim, generator=torch.Generator().manual_seed(0)), []  # codes from the prior
+    h, layers = torch.randn(1000, model.latent_dim, generator=torch.Generator().manual_seed(0), device="cpu"), []  # codes from the prior
     for layer in (*decoder.hidden[::2], decoder.head):
         weight, bias = layer.weight.detach().cpu().float(), layer.bias.detach().cpu().float()
         packed = {"weight": encoded(weight)}
@@ -259,7 +259,7 @@ def rounded(weight: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
     second = h.double().T @ h.double() / len(h)
     damping = 0.01 * second.diagonal().mean() + 1e-9
-    factor = torch.linalg.cholesky(torch.linalg.inv(second + damping * torch.eye(len(second))), upper=True)
+    factor = torch.linalg.cholesky(torch.linalg.inv(second + damping * torch.eye(len(second), device=second.device)), upper=True)
     left, whole = weight.double(), torch.zeros_like(weight)
     for j in range(weight.shape[1]):
         whole[:, j] = (left[:, j] / scale[:, 0]).round().clamp(-127, 127)
@@ -326,7 +326,7 @@ def live_explorer(model: VAE, extent: float = 2.5) -> Any:
     """`latent_explorer` in a live notebook, for any model with a 2-D latent space: an ipywidgets box."""
     latent_grid(model, 2)  # refuses a model without a latent plane
     limits = (-check_number("extent", extent, exclusive=True), extent, 0.0)
-    return live(model, lambda z: torch.tensor([z]), z1=limits, z2=limits)
+    return live(model, lambda z: torch.tensor([z], device="cpu"), z1=limits, z2=limits)
 
 
 def live_interpolation(model: VAE, a: ImageSet | Tensor, b: ImageSet | Tensor) -> Any:
@@ -339,4 +339,4 @@ def live_traversal(model: VAE, image: ImageSet | Tensor, units: Sequence[int], s
     """`traversal_sliders` in a live notebook, for any model: an ipywidgets box."""
     start, span = start_code(model, "image", image, units), check_number("span", span, exclusive=True)
     limits = {f"z[{unit}]": (min(-span, value), max(span, value), value) for unit in units for value in [float(start[0, unit])]}
-    return live(model, lambda z: start.index_copy(1, torch.tensor(list(units)), torch.tensor([z])), **limits)
+    return live(model, lambda z: start.index_copy(1, torch.tensor(list(units), device="cpu"), torch.tensor([z], device="cpu")), **limits)
