@@ -135,6 +135,18 @@ def test_pixels_of_0_and_1_are_warned_of_where_they_are_handed_in(hand_in, small
     assert caught[0].filename == __file__  # the user's line, not one of the library
 
 
+def test_the_page_on_troubles_quotes_what_the_library_says():
+    page = (Path(__file__).parent.parent / "book" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert MESSAGE in page
+    for call, argument in ((lambda: vaelib.image_set(LAST), "pixels"), (lambda: vaelib.fit(
+        vaelib.conditional_vae((3, 32, 32), 10, (8,), 2), vaelib.image_set(LAST.permute(0, 3, 1, 2), name="mine")), "images")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"{argument}: got") as caught:
+            call()
+        assert str(caught.value) in page
+    assert "OMP: Error #15" in page
+    assert "KMP_DUPLICATE_LIB_OK" in page
+
+
 def test_the_warning_comes_once_for_a_set_and_all_that_is_done_with_it(small_vae, binary):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -14,7 +14,8 @@ import torch
 
 import vaelib
 from vaelib import VAE, MLPDecoder, MLPEncoder, TrainConfig, fit, image_set, mlp_vae, train_valid_split
-from vaelib.checkpoints import FILE, read_checkpoint, write_checkpoint
+from vaelib.checkpoints import FILE, load_checkpoint, read_checkpoint, write_checkpoint
+from vaelib.storage import only_writer
 
 # every part that has a state: optimizer, schedule, KL warm-up, average of the weights, flips, binarization, draws of z
 CONFIG = {
@@ -350,3 +351,86 @@ def test_checkpoints_come_after_the_epochs_and_minutes_asked_for(tmp_path, monke
         fit(new_model(), images, None, TrainConfig(**CONFIG | changes), folder=tmp_path)
     assert written[:3] == [0, 4 * 13, 6 * 13]
     assert len(written[3:]) > 30
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("minutes", [None, 0.0])
+def test_a_second_ctrl_c_amid_a_step_leaves_the_last_checkpoint_of_a_whole_step(tmp_path, monkeypatch, minutes):
+    images, valid = new_sets()
+    config = TrainConfig(**CONFIG | {"checkpoint_minutes": minutes})
+    whole, model = new_model(), new_model()
+    fit(whole, images, valid, config)
+    observe, calls = model.likelihood.observe, []
+
+    def press_twice(*args, **kwargs):
+        calls.append(1)
+        x = observe(*args, **kwargs)  # it has drawn from the noise of the run: the step has begun
+        if len(calls) == 9:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return x
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.likelihood, "observe", press_twice)
+        history = fit(model, images, valid, config, folder=tmp_path)
+    assert history.stopped == "interrupted"
+    assert read_checkpoint(tmp_path, {})["step"] == (0 if minutes is None else 8)
+    fit(model, images, valid, config, folder=tmp_path, resume=True)
+    assert torch.equal(weights(model), weights(whole))
+
+
+def hold(folder, held):
+    """What another process does: it writes to the folder until it is killed."""
+    with only_writer("folder", folder):
+        held.set()
+        time.sleep(600)
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_lets_it_go(tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    held = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, held))
+    process.start()
+    assert held.wait(120)
+    config = TrainConfig(epochs=1, progress=False, device="cpu")
+    try:
+        with pytest.raises(ValueError, match="folder: another process is writing to .*, expected another folder"):
+            fit(new_model(), new_sets()[0], config=config, folder=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    assert len(fit(new_model(), new_sets()[0], config=config, folder=tmp_path)) == 1
+    with only_writer("folder", tmp_path), only_writer("folder", os.path.relpath(tmp_path)):  # its own process may again
+        assert (tmp_path / ".lock").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, "history.jsonl"]
+
+
+@pytest.mark.parametrize("lost", ["weights", "optimizer", "noise", "history", "trace"])
+def test_a_checkpoint_that_lacks_a_part_is_refused_and_the_part_is_named(tmp_path, monkeypatch, lost):
+    stopped_at(5, tmp_path, monkeypatch)
+    state = read_checkpoint(tmp_path, {})
+    write_checkpoint(tmp_path, {name: value for name, value in state.items() if name != lost})
+    with pytest.raises(ValueError, match=f"resume: got a checkpoint without {lost}, expected a whole one"):
+        fit(new_model(), new_sets()[0], None, TrainConfig(**CONFIG), folder=tmp_path, resume=True)
+    write_checkpoint(tmp_path, state | {lost: 3})
+    with pytest.raises(ValueError, match="resume: .*(parts do not fit this run|no checkpoint of vaelib .its .* is int 3)"):
+        fit(new_model(), new_sets()[0], None, TrainConfig(**CONFIG), folder=tmp_path, resume=True)
+
+
+def test_the_model_of_a_checkpoint_is_the_one_that_the_run_would_have_ended_on(tmp_path, monkeypatch):
+    stopped_at(20, tmp_path / "averaged", monkeypatch)
+    model, state = load_checkpoint(tmp_path / "averaged")
+    assert torch.equal(weights(model), torch.cat([average.flatten() for average in state["averages"]]))
+    assert not torch.equal(weights(model), torch.cat([value.flatten() for value in state["weights"].values()]))
+    assert not model.training
+    images, valid = new_sets()
+    fit(trained := new_model(), images, valid, TrainConfig(**CONFIG | {"patience": 1, "learning_rate": 0.05}), folder=tmp_path / "best")
+    assert torch.equal(weights(load_checkpoint(tmp_path / "best")[0]), weights(trained))
+    fit(plain := new_model(), images, None, TrainConfig(**CONFIG | {"ema_decay": None}), folder=tmp_path / "plain")
+    assert torch.equal(weights(load_checkpoint(tmp_path / "plain")[0]), weights(plain))
+    stopped_at(5, tmp_path / "own", monkeypatch, own_model())
+    with pytest.raises(ValueError, match="path: .*checkpoint.pt does not hold the weights of a model that vaelib builds"):
+        load_checkpoint(tmp_path / "own")
+    with pytest.raises(ValueError, match="it has no config.json .but the checkpoint.pt of a run that was cut off"):
+        vaelib.load(tmp_path / "averaged")

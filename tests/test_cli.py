@@ -1,12 +1,22 @@
 """The command line, run as a user runs it: in a process of its own."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import vaelib
+from vaelib.checkpoints import read_checkpoint, write_checkpoint
+from vaelib.cli import main
+from vaelib.storage import only_writer
 
 QUICK = ("--data", "digits", "--hidden", "32", "--latent-dim", "4", "--epochs", "3", "--batch-size", "100", "--device", "cpu")
 
@@ -117,7 +127,7 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (("train", "--data", "minst", "--out", "{tmp}/x"), "name: got 'minst', expected one of"),
+    (("train", "--data", "minst", "--out", "{tmp}/x"), "data: got 'minst', expected one of"),
     (("train", "--data", "digits", "--latent-dim", "0", "--out", "{tmp}/x"), "latent_dim: got int 0"),
     (("train", "--data", "digits", "--likelihood", "gausian", "--out", "{tmp}/x"), "did you mean 'gaussian'"),
     (("train", "--data", "digits", "--model", "mlpp", "--out", "{tmp}/x"), "model: got 'mlpp'"),
@@ -224,3 +234,216 @@ def test_overwrite_leaves_nothing_of_the_old_run_even_when_the_new_one_fails(vae
     wild = ("--optimizer", "SGD", "--learning-rate", "1e38", "--schedule", "constant", "--warmup", "0", "--clip-norm", "0")
     assert vaelib_command("train", *QUICK, *wild, "--out", tmp_path, "--overwrite").returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.fixture
+def here(monkeypatch, capsys, tmp_path):
+    """Run the command in this process, in a new folder: exit status, stdout and stderr. Any traceback fails the test."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vaelib", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def refused(done, message):
+    """Whether the command ended with one line on stderr that has `message` in it, and nothing on stdout."""
+    code, out, err = done
+    assert (code, out, len(err.splitlines())) == (2, "", 1), done
+    assert message in err
+    return err.startswith("vaelib: error: ")
+
+
+def cut_off(folder, run_folder, **changes):
+    """The folder of a run that was killed: a checkpoint and a history, and no model."""
+    folder.mkdir()
+    shutil.copy(run_folder / "history.jsonl", folder)
+    write_checkpoint(folder, read_checkpoint(run_folder, {}) | changes)
+    return folder
+
+
+def test_a_run_that_was_cut_off_is_evaluated_sampled_and_indexed_by_its_checkpoint(run_folder, here, tmp_path):
+    killed = cut_off(tmp_path / "killed", run_folder)
+    said = f"vaelib: {killed} has no finished model; its checkpoint is used, after 3 epochs and 42 steps; train --resume goes on from it\n"
+    code, out, err = here("evaluate", killed, "--json", "--device", "cpu")
+    assert (code, err) == (0, said)
+    assert json.loads(out) == json.loads(here("evaluate", run_folder, "--json", "--device", "cpu")[1])
+    assert here("sample", killed, "--device", "cpu")[::2] == (0, said)
+    assert here("index", killed, "--device", "cpu")[::2] == (0, said)
+    images = here("sample", run_folder, "--out", "whole.png", "--device", "cpu")
+    assert images[::2] == (0, "")
+    assert (tmp_path / "samples.png").read_bytes() == (tmp_path / "whole.png").read_bytes()
+    averages = [torch.zeros_like(value) for value in read_checkpoint(run_folder, {})["weights"].values()]
+    averaged = cut_off(tmp_path / "averaged", run_folder, averages=averages)
+    code, out, _ = here("evaluate", averaged, "--json", "--device", "cpu")
+    assert json.loads(out)["elbo"] == pytest.approx(-784 * np.log(2))  # weights of 0: each pixel a fair coin, no KL
+    assert refused(here("evaluate", cut_off(tmp_path / "own", run_folder, model="VAE(...)")), "does not hold the weights of a model")
+
+
+def test_weights_of_nan_are_an_error_of_every_command(run_folder, here, tmp_path):
+    model = vaelib.load(run_folder)
+    with torch.no_grad():
+        model.encoder.head.weight[0, 0] = float("nan")
+    vaelib.save(model, tmp_path / "nan")
+    shutil.copy(run_folder / "run.json", tmp_path / "nan")
+    for command in ("evaluate", "sample", "index"):
+        assert refused(here(command, tmp_path / "nan"), "holds weights that are not finite (NaN or infinity), encoder.head.weight")
+    with torch.no_grad():
+        model.encoder.head.weight.fill_(1e38)  # finite, but what they compute is not
+    vaelib.save(model, tmp_path / "nan")
+    assert refused(here("index", tmp_path / "nan"), "gives codes that are not finite")
+    killed = cut_off(tmp_path / "killed", run_folder, averages=[torch.full_like(value, torch.nan) for value in model.parameters()])
+    assert refused(here("sample", killed), "holds weights that are not finite")
+    assert not list(tmp_path.glob("*.png")) + list(tmp_path.glob("*.index"))
+
+
+HUGE = 10**25
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("train", "--epochs", HUGE), "epochs: got int 1000"),
+    (("train", "--batch-size", HUGE), "batch_size: got int 1000"),
+    (("train", "--hidden", HUGE), "hidden_dims: got int 1000"),
+    (("train", "--valid-size", HUGE), "valid_size: got int 1000"),
+    (("train", "--latent-dim", f"{HUGE}x8x8", "--model", "conv"), "latent_dim: got int 1000"),
+    (("train", "--likelihood", '{"name": "gaussian", "scale": 1%s}' % ("0" * 400)), ""),
+    (("train", "--model", "conv", "--residual-blocks", 10**9), "residual_blocks: got int 1000000000, which makes 3000000003 layers"),
+    (("train", "--data", "DIGITS"), "'mnist', 'shapes'; did you mean 'digits'?"),
+    (("train", "--data", "my-images"), "data: got 'my-images', expected one of"),
+    (("train", "--data", ""), "data: got '' on the command line, expected a value"),
+    (("train", "--out", ""), "out: got '' on the command line, expected a value"),
+    (("evaluate", "{run}", "--num-samples", HUGE), "num_samples: got int 1000"),
+    (("evaluate", "{run}", "--elbo-samples", 0), "elbo_samples: got int 0"),
+    (("evaluate", "{run}", "--seed", HUGE), "seed: got 1000"),
+    (("evaluate", "{run}", "--data", "digit"), "data: got 'digit', expected one of"),
+    (("sample", "{run}", "--num-images", HUGE), "num_images: got int 1000"),
+    (("sample", "{run}", "--grid", f"{HUGE}x{HUGE}"), "grid: got int 1000"),
+    (("sample", "{run}", "--num-images", 1, "--interpolate", "a.png", "b.png"), "num_images: got int 1, expected an integer of at least 2"),
+    (("sample", "{run}", "--label", HUGE), "label: got 1000"),
+    (("sample", "{run}", "--seed", HUGE), "seed: got 1000"),
+    (("index", "{run}", "--folder", ""), "folder: got '' on the command line, expected a value"),
+    (("index", "{run}", "--folder="), "folder: got '' on the command line, expected a value"),
+    (("index", "{run}", "--data", "my-images"), "data: got 'my-images', expected one of"),
+    (("evaluate", ""), "evaluate: got '' on the command line"),
+    (("reproduce", "iwae", "--data", "Digits"), "data: got 'Digits'"),
+    (("reproduce", "iwae", "--data", "digits", "-k", HUGE), "k: got "),
+    (("reproduce", "iwae", "--data", "digits", "--seed", HUGE), "seed: got 1000"),
+    (("reproduce", "iwae", "--data", "digits", "--ledger", "/dev/full"), "ledger: got /dev/full, expected the name of a JSON file"),
+    (("reproduce", "iwae", "--data", "digits", "--ledger", "{run}"), "expected the name of a JSON file"),
+    (("reproduce", "iwae", "--data", "digits", "--ledger", "{run}/run.json/rows.json"), "ledger: got"),
+])  # fmt: skip
+def test_odd_arguments_end_with_one_line_before_any_work(arguments, message, run_folder, here, tmp_path):
+    given = [str(argument).replace("{run}", str(run_folder)) for argument in arguments]
+    if given[0] == "train":
+        given += [] if "--data" in given else ["--data", "shapes" if "conv" in given else "digits"]
+        given += [] if "--out" in given else ["--out", tmp_path / "x"]
+    assert refused(here(*given), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", "", "{", "[" * 100_000, "\0"])
+def test_a_ledger_or_a_record_that_is_no_json_object_is_refused(text, run_folder, here, tmp_path):
+    (tmp_path / "rows.json").write_text(text)
+    done = here("reproduce", "iwae", "--data", "digits", "--ledger", "rows.json")
+    assert refused(done, "ledger: rows.json is no file of one JSON object")
+    assert os.listdir(tmp_path) == ["rows.json"]
+    shutil.copytree(run_folder, tmp_path / "run")
+    for broken in (text, '{"data": 3, "metrics": 3}', '{"data": ["digits"], "metrics": [1]}'):
+        (tmp_path / "run" / "run.json").write_text(broken)
+        assert refused(here("evaluate", "run"), "data: ")
+        assert refused(here("train", *QUICK, "--out", "run", "--resume", "--json"), "out: ")
+        assert (tmp_path / "run" / "run.json").read_text() == broken
+
+
+def test_a_checkpoint_without_weights_ends_with_one_line(run_folder, here, tmp_path):
+    state = read_checkpoint(run_folder, {})
+    del state["weights"]
+    (tmp_path / "run").mkdir()
+    write_checkpoint(tmp_path / "run", state)
+    assert refused(here("evaluate", "run"), "path: run/checkpoint.pt does not hold the weights of a model that vaelib builds")
+    assert refused(here("train", *QUICK, "--out", "run", "--resume"), "resume: got a checkpoint without weights")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "history.jsonl", "run.json", "checkpoint.pt", "config.json"])
+def test_a_foreign_file_of_a_name_that_training_writes_is_not_replaced_unasked(name, here, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("precious")
+    for further in ((), () if name == "checkpoint.pt" else ("--resume",)):
+        assert refused(here("train", *QUICK, "--out", "run", *further), "out: run already holds a ")
+    row = tmp_path / "rows" / "digits-1-vae-1.minutes"
+    row.mkdir(parents=True)
+    (row / name).write_text("precious")
+    assert refused(here("reproduce", "iwae", "--data", "digits", "--out", "rows"), str(row.relative_to(tmp_path)))
+    assert [(path.name, path.read_text()) for path in [*(tmp_path / "run").iterdir(), *row.iterdir()]] == [(name, "precious")] * 2
+    code, out, err = here("train", *QUICK, "--epochs", 1, "--out", "run", "--overwrite", "--json")
+    assert code == 0, err
+    assert json.loads(out)["diverged"] is None
+
+
+def test_two_trainings_into_one_folder_at_once_do_not_mix(vaelib_command, tmp_path):
+    with only_writer("out", tmp_path / "run"):
+        for further in ((), ("--resume",), ("--overwrite",)):
+            done = vaelib_command("train", *QUICK, "--out", tmp_path / "run", *further)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert done.stderr == f"vaelib: error: out: another process is writing to {tmp_path / 'run'}, expected another folder\n"
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+@pytest.mark.filterwarnings("default::UserWarning")  # as for a user; the tests make errors of the library's own
+def test_a_training_that_diverged_says_so_on_stderr_and_in_its_summary_and_record(here, tmp_path):
+    wild = ("--optimizer", "SGD", "--learning-rate", 1e16, "--schedule", "constant", "--warmup", 0, "--clip-norm", 1e-10)
+    code, out, err = here("train", *QUICK, "--epochs", 1, *wild, "--out", "run", "--json")
+    assert code == 0
+    assert err.startswith("vaelib: warning: training diverged: after epoch 1 the ELBO is -")
+    assert len(err.splitlines()) == 1
+    assert json.loads(out)["diverged"].startswith("after epoch 1 the ELBO is -")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["metrics"]["diverged"] == json.loads(out)["diverged"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+@pytest.mark.parametrize(("arguments", "seconds"), [
+    (("evaluate", "{run}", "--num-samples", 100_000), 0.3),
+    (("evaluate", "{run}", "--num-samples", 100_000), 20),
+    (("sample", "{run}", "--num-images", 10**6, "--out", "samples.png"), 20),
+])  # fmt: skip
+def test_ctrl_c_ends_with_one_line_and_status_130_and_nothing_half_written(arguments, seconds, run_folder, tmp_path):
+    command = [sys.executable, "-m", "vaelib", *(str(argument).replace("{run}", str(run_folder)) for argument in arguments)]
+    restored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}  # ignored in a background job
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes, **restored) as process:
+        time.sleep(seconds)  # while Python starts and torch is being imported, or amid the work
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "vaelib: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["evaluate", "sample", "index", "reproduce"])
+def test_ctrl_c_amid_the_work_of_a_command_is_one_line(command, run_folder, here, tmp_path, monkeypatch):
+    def press(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    for name in ("evaluate_model", "generate", "LatentIndex.save", "iwae_row"):
+        monkeypatch.setattr(f"vaelib.cli.{name}", press)
+    arguments = ("iwae", "--data", "digits", "--out", tmp_path / "rows") if command == "reproduce" else (run_folder,)
+    assert here(command, *arguments) == (130, "", "vaelib: interrupted\n")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_row_whose_training_was_interrupted_is_not_entered(here, tmp_path, monkeypatch):
+    def interrupted(*args, **kwargs):
+        history = vaelib.History()
+        history.stopped = "interrupted"
+        return history
+
+    monkeypatch.setattr("vaelib.reproduce.fit", interrupted)
+    assert here("reproduce", "iwae", "--data", "digits", "--ledger", "rows.json")[::2] == (130, "vaelib: interrupted\n")
+    assert not (tmp_path / "rows.json").exists()
+    assert not list(tmp_path.rglob("run.json"))

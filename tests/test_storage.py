@@ -181,3 +181,40 @@ def test_an_architecture_is_replaced_whole_or_not_at_all(saved, monkeypatch):
         save(mlp_vae((1, 8, 8), (4,), 2), saved)
     assert {name: (saved / name).read_bytes() for name in FILES} == before
     assert sorted(os.listdir(saved)) == FILES
+
+
+def test_weights_that_are_not_finite_are_refused(saved, small_vae):
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            small_vae.decoder.head.bias[3] = value
+        save(small_vae, saved)
+        with pytest.raises(ValueError, match=r"path: .*model.safetensors holds weights that are not finite .*, decoder.head.bias"):
+            load(saved)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("config", [
+    {"model": "conv", "residual_blocks": 10**9},
+    {"model": "conv", "residual_blocks": 10**30},
+    {"model": "conv", "latent_dim": [1, 32, 32], "channels": [1] * 3000, "residual_blocks": 1},
+    {"model": "hierarchical", "blocks": 10**9},
+    {"model": "hierarchical", "levels": [[1, 10**9]]},
+    {"model": "mlp", "hidden_dims": [1] * 10**6},
+    {"model": "mlp", "hidden_dims": [2**62, 2**62]},
+    {"model": "mlp", "hidden_dims": [10**30]},
+    {"model": "mlp", "likelihood": {"name": "gaussian", "scale": 10**400}},
+    {"model": "mlp", "likelihood": [[]]},
+    {"model": "two-layer", "hidden_dims": [[[1]], [1]]},
+    {"model": ["mlp"]}, {"model": {}}, {"model": None}, {}, [], None, 3, "mlp", [["model", "mlp"], 3],
+])  # fmt: skip
+def test_a_config_of_nonsense_is_refused_at_once(config, saved):
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="path: .*config.json is not a config written by vaelib.save"):
+        load(saved)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"model": "mlp"', b"NaN", b"\0"])
+def test_a_config_that_is_no_json_is_refused(text, saved):
+    (saved / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="path: .*config.json is not a config written by vaelib.save"):
+        load(saved)

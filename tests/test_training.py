@@ -559,3 +559,59 @@ def test_a_compiled_model_takes_the_same_steps(split):
         results.append(weights(model))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_where_no_gradient_can_be_is_refused_with_the_way_out(mode, model, split):
+    start = weights(model)
+    with mode(), pytest.raises(ValueError, match=r"model: got it under torch.no_grad\(\) or torch.inference_mode\(\), expected a call"):
+        fit(model, split[0], config=TrainConfig(epochs=1, **QUIET))
+    with torch.inference_mode():
+        made_there = mlp_vae((1, 28, 28), (8,), 2)
+    with pytest.raises(ValueError, match=r"model: got one made under torch.inference_mode\(\), expected it to be made, or loaded, outside"):
+        fit(made_there, split[0], config=TrainConfig(epochs=1, **QUIET))
+    with pytest.raises(ValueError, match=r"model: got weights that are all frozen, .* model.requires_grad_\(\) thaws all"):
+        fit(model.requires_grad_(False), split[0], config=TrainConfig(epochs=1, **QUIET))
+    assert torch.equal(weights(model), start)
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_the_frozen_half_of_a_model_stays_as_it_is(part, model, split):
+    frozen = getattr(model, part).requires_grad_(False)
+    before, all_before = weights(frozen), weights(model)
+    history = fit(model, *split, TrainConfig(epochs=2, batch_size=50, ema_decay=0.5, **QUIET))
+    assert history[1]["valid_elbo"] > history[0]["valid_elbo"]
+    assert torch.equal(weights(frozen), before)
+    assert not torch.equal(weights(model), all_before)
+
+
+def test_the_default_batch_is_the_whole_set_where_that_is_smaller(model, digits, tmp_path):
+    history = fit(model, digits[:50], folder=tmp_path, config=TrainConfig(epochs=2, **QUIET))
+    assert history.steps == 2
+    assert fit(model, digits[:50], folder=tmp_path, config=TrainConfig(epochs=2, **QUIET), resume=True).steps == 0
+    with pytest.raises(ValueError, match="batch_size: got 64, expected at most the 50 images of the set"):
+        fit(model, digits[:50], config=TrainConfig(batch_size=64, **QUIET))
+
+
+WILD = {"optimizer": "SGD", "learning_rate": 1e16, "schedule": "constant", "warmup": 0, "clip_norm": 1e-10}
+
+
+def test_a_run_that_diverged_says_so_and_one_that_did_not_does_not(model, split, recwarn):
+    assert fit(model, *split, TrainConfig(epochs=1, batch_size=50, **QUIET)).diverged is None
+    torch.manual_seed(0)
+    model, some = mlp_vae((1, 28, 28), (32,), 4), {"batch_size": 50, "schedule": "constant", "skip_norm": 100.0}
+    assert fit(model, split[0], config=TrainConfig(epochs=1, **some | QUIET)).diverged is None  # though half of the steps were left out
+    assert not [warning for warning in recwarn if "diverged" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"training diverged: after epoch 1 the ELBO is -\S+e\+\d+ nats per image.*; at the first step"):
+        history = fit(model, *split, TrainConfig(epochs=1, batch_size=50, **WILD | QUIET))
+    assert history.diverged.startswith("after epoch 1")
+    assert history[0]["valid_elbo"] < -1e6
+
+
+def test_training_curves_of_no_epoch_are_refused_in_words():
+    from vaelib.plotting import training_curves
+
+    with pytest.raises(ValueError, match="history: got one without a finished epoch, expected at least one"):
+        training_curves(History())
+    with pytest.raises(ValueError, match="skip: got 1, expected less than the 1 epochs"):
+        training_curves(History([{"epoch": 1, "train_elbo": 0.0, "train_log_likelihood": 0.0, "train_kl": 0.0}]), skip=1)

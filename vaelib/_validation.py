@@ -44,16 +44,19 @@ def check_choice(argument: str, value: Any, options: Iterable[Any]) -> Any:
     options = sorted(options)
     if value in options:
         return value
-    near = difflib.get_close_matches(str(value), map(str, options), n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    names = {str(option).lower(): option for option in options}
+    near = difflib.get_close_matches(str(value).lower(), names, n=1, cutoff=0.4)
+    hint = f"; did you mean {names[near[0]]!r}?" if near else ""
     raise ValueError(f"{argument}: got {value!r}, expected one of {', '.join(map(repr, options))}{hint}")
 
 
-def check_int(argument: str, value: Any, minimum: int = 1) -> int:
-    """`value` as an int of at least `minimum`; NumPy's integers are welcome."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < minimum:
-        raise ValueError(f"{argument}: got {describe(value)}, expected an integer of at least {minimum}")
-    return int(value)
+def check_int(argument: str, value: Any, minimum: int = 1, maximum: float = 2**63 - 1) -> int:
+    """`value` as an int of at least `minimum` and at most `maximum`: torch counts in 64 bits. NumPy's integers are welcome."""
+    number = int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+    if number is None or not minimum <= number <= maximum:
+        most = f" and at most {maximum}" if number is not None and number > maximum else ""
+        raise ValueError(f"{argument}: got {describe(value)}, expected an integer of at least {minimum}{most}")
+    return number
 
 
 def check_flag(argument: str, value: Any) -> bool:
@@ -65,7 +68,7 @@ def check_flag(argument: str, value: Any) -> bool:
 
 def check_seed(argument: str, value: Any) -> int:
     """`value` as a seed: an integer from 0 to 2**63 - 1."""
-    seed = check_int(argument, value, minimum=0)
+    seed = check_int(argument, value, minimum=0, maximum=math.inf)
     if seed >= 2**63:
         raise ValueError(f"{argument}: got {value}, expected an integer below 2**63")
     return seed

@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 
-from vaelib._validation import plain
+from vaelib._validation import describe, plain
 from vaelib.data import ImageSet
-from vaelib.storage import writable_folder
+from vaelib.storage import BROKEN, CHECKPOINT, build, check_weights, writable_folder
+from vaelib.vae import VAE
 
-FILE = "checkpoint.pt"
+FILE = CHECKPOINT
 VERSION = 1
+KINDS: dict[str, Any] = {
+    "weights": dict, "optimizer": dict, "averages": (list, type(None)), "best_weights": (dict, type(None)), "history": list,
+    "step": int, "images": str, "elapsed": float, "best_elbo": float, "best_epoch": (int, type(None)),
+}  # fmt: skip
 
 
 def fingerprint(images: ImageSet, labels: bool = False) -> str:
@@ -48,11 +53,12 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read_checkpoint(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
+def read_checkpoint(folder: Path, expected: dict[str, Any], argument: str = "resume") -> dict[str, Any]:
     """The state in the folder's checkpoint; no code in the file is run.
 
     Args:
         expected: what must agree with the file, such as the model's config and the fingerprint of the images.
+        argument: what an error names.
 
     Raises:
         ValueError: If the file is truncated or no checkpoint, or was written by another run.
@@ -60,16 +66,42 @@ def read_checkpoint(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     path = folder / FILE
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        version = state["version"]
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, ValueError, pickle.PickleError, zipfile.BadZipFile) as error:
-        reason = str(error).split(".")[0].strip()
-        raise ValueError(f"resume: {path} is truncated or no checkpoint of vaelib ({reason})") from error
+        version = int(state["version"])
+        if wrong := [name for name, kind in KINDS.items() if name in state and not isinstance(state[name], kind)]:
+            raise ValueError(f"its {wrong[0]} is {describe(state[wrong[0]])}")
+    except (OSError, EOFError, *BROKEN, pickle.PickleError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split(".")[0].split())
+        raise ValueError(f"{argument}: {path} is truncated or no checkpoint of vaelib ({reason})") from error
     if version != VERSION:
-        raise ValueError(f"resume: {path} has version {version}, expected {VERSION}")
+        raise ValueError(f"{argument}: {path} has version {version}, expected {VERSION}")
     for name, value in expected.items():
         if state.get(name) != value:
-            raise ValueError(f"resume: {path} belongs to another run: {difference(name, state.get(name), value)}")
+            raise ValueError(f"{argument}: {path} belongs to another run: {difference(name, state.get(name), value)}")
     return state
+
+
+def load_checkpoint(folder: Path) -> tuple[VAE, dict[str, Any]]:
+    """The model of a run that was cut off, and the state of its checkpoint; no code in the file is run.
+
+    Its weights are those that `fit` would have ended on: the best where it was to stop early, else their average where it kept one.
+
+    Raises:
+        ValueError: If the file is no checkpoint, or not one of a model that vaelib can build, or its weights are not finite.
+    """
+    state, path = read_checkpoint(folder, {}, "path"), folder / FILE
+    try:
+        model = build(state["model"])
+        weights = state["best_weights"] or state["weights"]
+        if state["best_weights"] is None and state["averages"] is not None:
+            weights = weights | dict(zip(dict(model.named_parameters()), state["averages"], strict=True))
+        model.load_state_dict(weights, assign=True)
+        if lacking := {"history", "step", "images"} - state.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    except BROKEN as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"path: {path} does not hold the weights of a model that vaelib builds ({reason})") from error
+    check_weights(path, model)
+    return model.eval(), state
 
 
 def difference(name: str, found: Any, expected: Any) -> str:

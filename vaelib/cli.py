@@ -9,17 +9,20 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vaelib._validation import as_path, check_choice, check_int, check_number
-from vaelib.checkpoints import FILE as CHECKPOINT
-from vaelib.data import NAMES, load_folder, load_images, read_image, train_valid_split
+from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed
+from vaelib.checkpoints import load_checkpoint, read_checkpoint
+from vaelib.data import NAMES, ImageSet, load_folder, load_images, read_image, train_valid_split
 from vaelib.distributed import join, leave
 from vaelib.evaluation import evaluate as evaluate_model
 from vaelib.generation import generate, interpolate
@@ -28,8 +31,9 @@ from vaelib.likelihoods import LIKELIHOODS
 from vaelib.priors import fit_mixture, fit_second_stage
 from vaelib.reproduce import BUDGETS, OBJECTIVES, iwae_row
 from vaelib.retrieval import DISTANCES, METHODS, LatentIndex, is_index
-from vaelib.storage import CONFIG, MODELS, WEIGHTS, load, save, writable_folder, write_text
+from vaelib.storage import CHECKPOINT, CONFIG, MODELS, WEIGHTS, load, only_writer, read_object, save, writable_folder, write_text
 from vaelib.training import HISTORY, TrainConfig, choose_device, fit
+from vaelib.vae import VAE
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -39,6 +43,7 @@ app = typer.Typer(
     help="Variational autoencoders: train, evaluate, sample, index, search, reproduce.",
 )
 RUN = "run.json"
+FILES = (CHECKPOINT, CONFIG, WEIGHTS, HISTORY, RUN)  # what a run leaves in its folder
 PRIORS = {"standard": None, "mixture": fit_mixture, "second-stage": fit_second_stage}
 
 
@@ -207,70 +212,107 @@ def train(
     group = join(choose_device(device))
     if resume and overwrite:
         raise ValueError("overwrite: got it beside --resume, expected one of the two")
-    found = [name for name in (CONFIG, CHECKPOINT) if (out / name).exists()]
-    if found and not (overwrite or (resume and CHECKPOINT in found)):
-        has = "already holds a model" if CONFIG in found else "already holds a checkpoint, --resume goes on from it"
-        raise ValueError(f"out: {out} {has}, expected another folder; --overwrite replaces it")
+    check_unused(out, resume, overwrite)
     if group.leads:
-        images = load_images(data)  # fetched by one process only
+        images = images_named(data)  # fetched by one process only
     group.wait()
     if not group.leads:
-        images = load_images(data)
+        images = images_named(data)
     train_images, valid = train_valid_split(images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, seed)
     torch.manual_seed(seed)
     if "num_classes" in inspect.signature(MODELS[model]).parameters:
         arguments["num_classes"] = len(images.classes)
     vae = MODELS[model](image_shape=images.image_shape, **arguments)
-    if group.leads:
-        writable_folder("out", out)
-        if overwrite:
-            for name in (CHECKPOINT, CONFIG, WEIGHTS, HISTORY, RUN):
-                (out / name).unlink(missing_ok=True)
-            shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    group.wait()
-    start = time.perf_counter()
-    history = fit(vae, train_images, valid, config, folder=out, resume=resume, tensorboard=tensorboard)
-    seconds = time.perf_counter() - start
-    leave()
-    if not group.leads:
-        return
-    if history.steps == 0 and (out / RUN).exists():  # the run was finished before: its record stands
-        show(json.loads((out / RUN).read_text(encoding="utf-8"))["metrics"], as_json)
-        return
-    save(vae, out)
-    # the epoch whose weights are saved: the best one where an early stop put it back; none where Ctrl-C came amid one
-    saved_epoch = dict(history[history.best_epoch - 1 if patience and history.best_epoch else -1]) if history else {}
-    saved_epoch.pop("seconds", None)
-    if history.stopped == "interrupted":
-        saved_epoch = {}
-    summary = {
-        "out": str(out),
-        "data": data,
-        "epochs": len(history),
-        "stopped": history.stopped,
-        "device": history.device,
-        "processes": group.size,
-        "steps": history.steps,
-        "seconds": round(seconds, 1),
-        "seconds_of_all_epochs": round(sum(history["seconds"]), 1),
-        **saved_epoch,
-    }
-    record = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, seconds, summary)
-    record |= {"data": data, "model": vae.config, "training": config.as_dict()}
-    write_text(out / RUN, json.dumps(record, indent=2) + "\n")
+    with only_writer("out", out) if group.leads else nullcontext():
+        if group.leads:
+            check_unused(out, resume, overwrite)  # again: another process may have been there meanwhile
+            if overwrite:
+                for name in FILES:
+                    (out / name).unlink(missing_ok=True)
+                shutil.rmtree(out / "tensorboard", ignore_errors=True)
+        group.wait()
+        start = time.perf_counter()
+        history = fit(vae, train_images, valid, config, folder=out, resume=resume, tensorboard=tensorboard)
+        seconds = time.perf_counter() - start
+        leave()
+        if not group.leads:
+            return
+        if history.steps == 0 and (out / RUN).exists():  # the run was finished before: its record stands
+            show(metrics_of(out / RUN), as_json)
+            return
+        save(vae, out)
+        # the epoch whose weights are saved: the best one where an early stop put it back; none where Ctrl-C came amid one
+        saved_epoch = dict(history[history.best_epoch - 1 if patience and history.best_epoch else -1]) if history else {}
+        saved_epoch.pop("seconds", None)
+        if history.stopped == "interrupted":
+            saved_epoch = {}
+        summary = {
+            "out": str(out),
+            "data": data,
+            "epochs": len(history),
+            "stopped": history.stopped,
+            "diverged": history.diverged,
+            "device": history.device,
+            "processes": group.size,
+            "steps": history.steps,
+            "seconds": round(seconds, 1),
+            "seconds_of_all_epochs": round(sum(history["seconds"]), 1),
+            **saved_epoch,
+        }
+        record = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, seconds, summary)
+        record |= {"data": data, "model": vae.config, "training": config.as_dict()}
+        write_text(out / RUN, json.dumps(record, indent=2) + "\n")
     show(summary, as_json)
     if history.stopped == "interrupted":
         raise typer.Exit(130)
 
 
+def check_unused(out: Path, resume: bool, overwrite: bool) -> None:
+    """ValueError if the folder holds a file that training would write over, unless it was asked to."""
+    found = [name for name in FILES if (out / name).exists()]
+    if not found or overwrite or (resume and CHECKPOINT in found):
+        return
+    has = f"already holds a file named {found[0]}"
+    if CONFIG in found:
+        has = "already holds a model"
+    elif CHECKPOINT in found:
+        has = "already holds a checkpoint, --resume goes on from it"
+    raise ValueError(f"out: {out} {has}, expected another folder; --overwrite replaces it")
+
+
+def metrics_of(record: Path) -> dict[str, Any]:
+    """What the record of a finished run says of it."""
+    metrics = read_object("out", record).get("metrics")
+    if not isinstance(metrics, dict):
+        raise ValueError(f"out: {record} is no record of a run: it has no metrics")
+    return metrics
+
+
+def images_named(data: str, split: str = "train") -> ImageSet:
+    """The image set that --data names."""
+    return load_images(check_choice("data", data, NAMES), split)
+
+
 def data_of(run: Path, data: str) -> str:
-    """The data set named on the command line, else the one the run was trained on."""
+    """The data set named on the command line, else the one the run was trained on; a run that was cut off has it in its checkpoint."""
     if data:
         return data
     try:
-        return str(json.loads((run / RUN).read_text(encoding="utf-8"))["data"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"data: {run / RUN} does not say what the model was trained on, expected --data") from error
+        if not (run / RUN).exists() and (run / CHECKPOINT).exists():
+            return check_choice("data", read_checkpoint(run, {}, "data")["images"].split(" ")[0], NAMES)  # type: ignore[no-any-return]
+        return str(read_object("data", run / RUN)["data"])
+    except (ValueError, LookupError, AttributeError) as error:
+        raise ValueError(f"data: the run in {run} does not say what the model was trained on, expected --data ({error})") from error
+
+
+def load_run(run: Path) -> VAE:
+    """The model in a run's folder; of a run that was cut off the one of its checkpoint, and a line on stderr says so."""
+    if all((run / name).is_file() for name in (CONFIG, WEIGHTS)) or not (run / CHECKPOINT).is_file():
+        return load(run)
+    model, state = load_checkpoint(run)
+    done = f"{len(state['history'])} epochs and {state['step']} steps"
+    print(f"vaelib: {run} has no finished model; its checkpoint is used, after {done}; train --resume goes on from it", file=sys.stderr)
+    return model
 
 
 @app.command()
@@ -285,9 +327,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Held-out ELBO and its terms, in nats per image; with --num-samples the importance-weighted log p(x) too."""
-    model = load(run).to(choose_device(device))
+    check_int("elbo_samples", elbo_samples)
+    check_int("num_samples", num_samples, minimum=0)
+    check_seed("seed", seed)
+    model = load_run(run).to(choose_device(device))
     name = data_of(run, data)
-    result = evaluate_model(model, load_images(name, split), num_samples, elbo_samples, seed=seed)
+    result = evaluate_model(model, images_named(name, split), num_samples, elbo_samples, seed=seed)
     show({"data": name, "split": split} | result.as_dict(), as_json)
 
 
@@ -312,8 +357,9 @@ def sample(
     check_choice("prior", prior, PRIORS)
     check_choice("kind", kind or "linear", ("linear", "spherical"))
     check_number("temperature", temperature)
-    check_int("num_images", num_images, minimum=0)
     between = ends != ("", "")
+    check_int("num_images", num_images, minimum=2 if between and num_images == 1 else 0)
+    check_seed("seed", seed)
     if between and (prior != "standard" or temperature != 1):
         raise ValueError("interpolate: got it beside --prior or --temperature, expected one or the other: it draws nothing")
     if kind and not between:
@@ -326,8 +372,9 @@ def sample(
     if grid and not re.fullmatch(r"[1-9]\d*x[1-9]\d*", grid):
         raise ValueError(f"grid: got {grid!r}, expected ROWSxCOLS such as 4x10")
     count = math.prod(map(int, grid.split("x"))) if grid else num_images or (10 if between else 64)
+    check_int("grid" if grid else "num_images", count, minimum=2 if between else 1)
     columns = int(grid.split("x")[1]) if grid else count if between else math.ceil(math.sqrt(count))
-    model = load(run).to(choose_device(device))
+    model = load_run(run).to(choose_device(device))
     if label is not None and not model.needs_labels:
         raise ValueError(f"label: got {label}, expected it for a conditional model only")
     if model.needs_labels:
@@ -335,14 +382,14 @@ def sample(
             raise ValueError(f"label: got none, expected a class from 0 to {model.num_classes - 1}: the model is conditional")
         if prior != "standard":
             raise ValueError(f"prior: got {prior!r} beside --label, expected 'standard': the others know no labels")
-        model = model.given(label)
+        model = model.given(check_int("label", label, minimum=0, maximum=model.num_classes - 1))
     if between:
         kind = kind or "linear"
         first, last = (read_image(end, model.image_shape) for end in ends)
         pixels = interpolate(model, first, last, count, seed, kind)
     else:
         fit_prior = PRIORS[prior]
-        fitted = fit_prior and fit_prior(model, load_images(data_of(run, data)), seed=seed)
+        fitted = fit_prior and fit_prior(model, images_named(data_of(run, data)), seed=seed)
         pixels = generate(model, count, temperature, seed, fitted)
     write_sheet(pixels, columns, out)
     drawn = {"interpolate": ends, "kind": kind} if between else {"temperature": temperature, "prior": prior}
@@ -369,11 +416,13 @@ def index_images(
         raise ValueError(f"out: {out} {found}, expected a new file; --overwrite replaces an index")
     split = split or "train"
     check_choice("method", method, METHODS)
-    model = load(run).to(choose_device(device))
-    images, names, skipped = load_folder(folder, model.image_shape) if folder else (load_images(data_of(run, data), split), (), {})
+    model = load_run(run).to(choose_device(device))
+    images, names, skipped = load_folder(folder, model.image_shape) if folder else (images_named(data_of(run, data), split), (), {})
     warn_skipped(skipped)
     source = {"folder": str(as_path(folder).resolve())} if folder else {"data": images.name, "split": split}  # type: ignore[union-attr]
     index = LatentIndex.build(model, images, method=method, names=names, source=source)
+    if not all(part.isfinite().all() for part in index.codes):
+        raise ValueError(f"run: the model in {run} gives codes that are not finite (NaN or infinity), expected one that was trained well")
     index.save(out)
     result = {"out": str(out), **source, "images": len(index), "skipped": len(skipped), "latents": model.latent_dim}
     result |= {"method": method, "bytes": out.stat().st_size}
@@ -485,17 +534,31 @@ def reproduce(
 ) -> None:
     """Train and score one row of a paper's table."""
     check_choice("table", table, ("iwae",))
-    name = f"{data}-{layers}-{objective if k > 1 else 'vae'}-{k}.{budget}" + f".seed{seed}" * (seed > 0)
-    folder = writable_folder("out", out / name)
-    train, test = load_images(data), load_images(data, "test")
-    model, row = iwae_row(train, test, layers, objective, k, budget, seed, device, folder, not as_json)
-    save(model, folder)
-    made = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, row["train_seconds"] + row["score_seconds"], row)
-    write_text(folder / RUN, json.dumps(made, indent=2) + "\n")
+    check_seed("seed", seed)
+    check_choice("k", k, BUDGETS[check_choice("budget", budget, BUDGETS)].epochs)
+    name = f"{check_choice('data', data, NAMES)}-{layers}-{objective if k > 1 else 'vae'}-{k}.{budget}" + f".seed{seed}" * (seed > 0)
+    rows_of(ledger)  # whether it can be added to is known before any work
+    check_unused(out / name, (out / name / CHECKPOINT).exists(), False)
+    writable_folder("out", out / name)
+    train, test = images_named(data), images_named(data, "test")
+    with only_writer("out", out / name):
+        model, row = iwae_row(train, test, layers, objective, k, budget, seed, device, out / name, not as_json)
+        save(model, out / name)
+        made = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, row["train_seconds"] + row["score_seconds"], row)
+        write_text(out / name / RUN, json.dumps(made, indent=2) + "\n")
     if ledger:
-        rows = json.loads(ledger.read_text(encoding="utf-8")) if ledger.exists() else {}
-        write_text(ledger, json.dumps(rows | {name: made}, indent=2) + "\n")
-    show({"row": name, "out": str(folder), **row}, as_json)
+        write_text(ledger, json.dumps(rows_of(ledger) | {name: made}, indent=2) + "\n")
+    show({"row": name, "out": str(out / name), **row}, as_json)
+
+
+def rows_of(ledger: Path | None) -> dict[str, Any]:
+    """The rows that the ledger has; ValueError unless it is a JSON object, or a new file in a folder that can be written."""
+    if ledger is None:
+        return {}
+    writable_folder("ledger", ledger.parent)
+    if ledger.exists() and not ledger.is_file():
+        raise ValueError(f"ledger: got {ledger}, expected the name of a JSON file")
+    return read_object("ledger", ledger) if ledger.exists() else {}
 
 
 def images_of(index: LatentIndex, indices: list[list[int]]) -> Any:
@@ -557,11 +620,35 @@ def write_sheet(pixels: Any, columns: int, out: Path) -> None:
         os.replace(partial, out)
 
 
+def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as one line on stderr."""
+    print("vaelib: warning:", " ".join(str(message).split()), file=sys.stderr)
+
+
+def check_no_empty(arguments: list[str]) -> None:
+    """ValueError if one is empty, as an unset variable of the shell makes it: a path would be the current folder."""
+    for before, argument in zip(["vaelib", *arguments], arguments, strict=False):
+        option = argument[:-1] if re.fullmatch("--[a-z-]+=", argument) else before
+        if not argument or option != before:
+            raise ValueError(f"{option.lstrip('-')}: got '' on the command line, expected a value; leave it out for the default")
+
+
 def main() -> None:
-    """Run the command; bad input ends with one line on stderr and exit status 2."""
+    """Run the command; bad input ends with one line on stderr and exit status 2, Ctrl-C with one and 130."""
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # until here `vaelib/__init__.py` had it
     try:
-        app()
-    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = say_warning
+            check_no_empty(sys.argv[1:])
+            app()
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
         process = f" (process {os.environ['RANK']} of {os.environ['WORLD_SIZE']})" if "RANK" in os.environ else ""
-        print(f"vaelib: error{process}:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"vaelib: error{process}:", " ".join(str(error).split()) or type(error).__name__, file=sys.stderr)
         sys.exit(2)
+    except (SystemExit, KeyboardInterrupt) as end:  # Typer turns Ctrl-C into an exit, its versions into different ones
+        chain = (end, end.__context__, end.__context__ and end.__context__.__cause__)
+        if not any(isinstance(link, KeyboardInterrupt) for link in chain):
+            raise
+        print("vaelib: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vaelib._validation import check_choice, check_image_shape, check_int, describe
 from vaelib.likelihoods import Likelihood, make_likelihood
-from vaelib.networks import ACTIVATIONS, BottomUp, MLPDecoder, MLPEncoder, TopDown, enlarged, halvings
+from vaelib.networks import ACTIVATIONS, BottomUp, MLPDecoder, MLPEncoder, TopDown, check_depth, enlarged, halvings
 from vaelib.objectives import gaussian_kl_per_unit
 from vaelib.vae import VAE, Posterior, check_hidden_dims, reparameterize
 
@@ -149,6 +149,8 @@ def hierarchical_vae(
     image_shape, levels = check_image_shape("image_shape", image_shape), check_levels(levels)
     for name, value in (("width", width), ("bottleneck", bottleneck), ("blocks", blocks)):
         check_int(name, value)
+    check_depth("blocks", blocks, len(levels) * blocks)
+    check_depth("levels", levels, sum(groups for _, groups in levels))
     check_choice("activation", activation, ACTIVATIONS)
     sizes = halvings(image_shape, len(levels) - 1)[::-1]
     if len(sizes) < len(levels):

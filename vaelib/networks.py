@@ -15,8 +15,18 @@ from vaelib._validation import check_choice, check_image_shape, check_int, descr
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "silu": nn.SiLU}
 
 
+MOST_LAYERS = 1000  # in one network: far beyond any that trains; a config that asks for more is nonsense that would not end
+
+
+def check_depth(argument: str, value: Any, layers: int) -> None:
+    """ValueError if `value` asks for more than `MOST_LAYERS` layers or blocks."""
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{argument}: got {describe(value)}, which makes {layers} layers, expected at most {MOST_LAYERS}")
+
+
 def mlp(sizes: Sequence[int], activation: str) -> nn.Sequential:
     """Linear layers of the given sizes, each followed by the activation."""
+    check_depth("hidden_dims", sizes[1:], len(sizes) - 1)
     layers: list[nn.Module] = []
     for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
         layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
@@ -169,6 +179,7 @@ class ConvEncoder(nn.Module):
         channels, latent_shape = check_channels(channels), check_latent_dim(latent_dim)
         sizes = stage_sizes(image_shape, len(channels), latent_shape)
         check_int("residual_blocks", residual_blocks, minimum=0)
+        check_depth("residual_blocks", residual_blocks, len(channels) * (1 + residual_blocks))
         check_choice("activation", activation, ACTIVATIONS)
         layers: list[nn.Module] = []
         for fan_in, fan_out, before, after in zip((image_shape[0], *channels[:-1]), channels, sizes[:-1], sizes[1:], strict=True):
@@ -208,6 +219,7 @@ class ConvDecoder(nn.Module):
         channels, latent_shape = check_channels(channels), check_latent_dim(latent_dim)
         sizes = stage_sizes(image_shape, len(channels), latent_shape)[::-1]
         check_int("residual_blocks", residual_blocks, minimum=0)
+        check_depth("residual_blocks", residual_blocks, len(channels) * (1 + residual_blocks))
         check_choice("activation", activation, ACTIVATIONS)
         if len(latent_shape) == 1:
             first = (channels[0], *sizes[0])

@@ -101,10 +101,16 @@ def show_images(
 
 
 def training_curves(history: Sequence[dict[str, float]], skip: int = 0) -> Figure:
-    """The ELBO and its two terms by epoch, training and held out, in nats; `skip` leaves the first epochs out of the view."""
-    shown = list(history)[check_int("skip", skip, minimum=0) :]
-    if not shown:
-        raise ValueError(f"history: got {len(history)} finished epochs and skip {skip}, expected an epoch to show")
+    """The ELBO and its two terms by epoch, training and held out, in nats; `skip` leaves the first epochs out of the view.
+
+    Raises:
+        ValueError: If there is no epoch to show, as when training was interrupted in its first.
+    """
+    if not len(history):
+        raise ValueError("history: got one without a finished epoch, expected at least one; was training interrupted in its first?")
+    if check_int("skip", skip, minimum=0) >= len(history):
+        raise ValueError(f"skip: got {skip}, expected less than the {len(history)} epochs of the history")
+    shown = list(history)[skip:]
     with style():
         figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), sharex=True)
         names = {"elbo": "ELBO", "log_likelihood": "E[log p(x given z)]", "kl": "KL to the prior"}

@@ -108,6 +108,9 @@ def iwae_row(
         budget: ``"paper"``, ``"hour"`` or ``"minutes"`` (on two cores), or a `Budget`.
         folder: where checkpoints are written; a run that was cut off goes on from there.
 
+    Raises:
+        KeyboardInterrupt: If Ctrl-C ended the training; with a folder the same call goes on from there.
+
     Returns:
         The model, and the row: the negative log-likelihood ``nll`` in nats with its standard error, ``active_units`` of each layer from
         the lowest up, the paper's two numbers (of MNIST; None for other images), the budget's values, and the seconds of training and
@@ -125,6 +128,8 @@ def iwae_row(
         num_samples=k, seed=seed, device=device, progress=progress,
     )  # fmt: skip
     history = fit(model, train, None, config, folder, resume=folder is not None)
+    if history.stopped == "interrupted":  # a row of fewer epochs than its budget says would be wrong
+        raise KeyboardInterrupt
     began = time.perf_counter()
     estimate = log_likelihood(model, test, budget.num_samples)
     active = active_units(model, test)

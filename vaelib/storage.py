@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vaelib._validation import as_path, check_choice
+from vaelib._validation import as_path, check_choice, describe
 from vaelib.conditional import conditional_vae
 from vaelib.hierarchical import hierarchical_vae, two_layer_vae
 from vaelib.vae import VAE, conv_vae, mlp_vae
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, CHECKPOINT, LOCK = "model.safetensors", "config.json", "checkpoint.pt", ".lock"
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # what a config of nonsense raises
 MODELS: dict[str, Callable[..., VAE]] = {
     "mlp": mlp_vae,
     "conv": conv_vae,
@@ -38,6 +41,48 @@ def writable_folder(argument: str, path: str | Path) -> Path:
             return path
     except OSError as error:
         raise ValueError(f"{argument}: got {path}, expected a folder that can be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def only_writer(argument: str, path: str | Path) -> Iterator[None]:
+    """Inside the block this process alone writes to the folder `path`; where another does, a ValueError that names `argument`.
+
+    The operating system takes the lock back when the process dies. A process that has the lock may take it again.
+    """
+    file = writable_folder(argument, path).resolve() / LOCK
+    lock = FileLock(file, timeout=0, is_singleton=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{argument}: another process is writing to {path}, expected another folder") from error
+    except (OSError, NotImplementedError):  # a file system that knows no locks
+        yield
+        return
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1 and os.name == "posix":  # elsewhere an open file cannot be removed, and filelock does it later
+            file.unlink(missing_ok=True)
+        lock.release()
+
+
+def read_object(argument: str, path: Path) -> dict[str, Any]:
+    """The JSON object in a file; a ValueError that names `argument` where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        reason = f"it holds {describe(found)}"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error)
+    raise ValueError(f"{argument}: {path} is no file of one JSON object ({reason})")
+
+
+def check_weights(path: Path, model: VAE) -> None:
+    """ValueError if one of the weights, which were read from `path`, is not finite: all that they compute would be NaN."""
+    for name, value in model.state_dict().items():
+        if not value.isfinite().all():
+            raise ValueError(f"path: {path} holds weights that are not finite (NaN or infinity), {name} the first; train anew")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,7 +157,7 @@ def load(path: str | Path) -> VAE:
     """The model that `save` wrote to the folder `path`, on the CPU, in evaluation mode.
 
     Raises:
-        ValueError: If a file is missing or broken, or the weights belong to another model.
+        ValueError: If a file is missing or broken, the weights belong to another model, or one of them is not finite.
 
     Example:
         >>> import tempfile, vaelib
@@ -124,10 +169,12 @@ def load(path: str | Path) -> VAE:
     path = as_path(path)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            raise ValueError(f"path: got {path}, expected a folder written by vaelib.save; it has no {name}")
+            cut = f" (but the {CHECKPOINT} of a run that was cut off, with which fit goes on: resume=True, or vaelib train --resume)"
+            hint = cut if (path / CHECKPOINT).is_file() else ""
+            raise ValueError(f"path: got {path}, expected a folder written by vaelib.save; it has no {name}{hint}")
     try:
         model = build(json.loads((path / CONFIG).read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, *BROKEN) as error:
         raise ValueError(f"path: {path / CONFIG} is not a config written by vaelib.save ({error})") from error
     try:
         with safe_open(path / WEIGHTS, "pt") as file:
@@ -138,4 +185,5 @@ def load(path: str | Path) -> VAE:
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path: {path / WEIGHTS} is broken or not the weights of the model in {CONFIG} ({reason})") from error
+    check_weights(path / WEIGHTS, model)
     return model.eval()

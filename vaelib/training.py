@@ -11,9 +11,10 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from vaelib.checkpoints import FILE, fingerprint, read_checkpoint, write_checkpo
 from vaelib.data import ImageSet, minibatches
 from vaelib.distributed import Group, join
 from vaelib.objectives import ElboTerms, loss
-from vaelib.storage import write_text
+from vaelib.storage import BROKEN, only_writer, write_text
 from vaelib.vae import VAE, heldout_elbo, labels_for
 
 # LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
@@ -48,7 +49,8 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the data.
-        batch_size: images per step, over all processes together; the last, smaller batch counts.
+        batch_size: images per step, over all processes together; the last, smaller batch counts. The default means all images of a
+            set that has fewer; any other number above the size of the set is refused by `fit`.
         optimizer: the name of a class in `torch.optim`, a class of your own, or a function from parameters to an optimizer,
             which then sets its own learning rate.
         learning_rate: the highest learning rate.
@@ -181,12 +183,17 @@ class History(list[dict[str, float]]):
     Attributes:
         stopped: ``"finished"``, ``"early stop"`` or ``"interrupted"``.
         best_epoch: the epoch with the best validation ELBO, None without a validation set.
+        diverged: in words, why the weights that are kept should not be used; None where training did not diverge. It did if, after
+            the epoch whose weights are kept, the ELBO (held out, where there is a validation set) was below that of the run's first
+            step, and either at least half of that epoch's steps were left out, or it was below it by more than its own size and
+            one nat per pixel value.
         device: what it ran on.
         steps: how many steps this call of `fit` took; fewer than the whole run's after a resume.
     """
 
     stopped = "finished"
     best_epoch: int | None = None
+    diverged: str | None = None
     device = "cpu"
     steps = 0
 
@@ -345,6 +352,7 @@ class Run:
     elapsed: float = 0.0  # seconds of this epoch so far
     best_elbo: float = -math.inf
     best_weights: dict[str, Tensor] | None = None
+    first_elbo: float = -math.inf  # of the first step; nothing is below it where it is not known
 
     def state(self) -> dict[str, Any]:
         """All of it as plain data and tensors."""
@@ -352,11 +360,21 @@ class Run:
             "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "averages": self.averages,
             "noise": self.noise.get_state(), "device": self.trace.device.type, "history": list(self.history),
             "best_epoch": self.history.best_epoch, "step": self.step, "trace": self.trace, "best_elbo": self.best_elbo,
-            "best_weights": self.best_weights, "elapsed": self.elapsed,
+            "best_weights": self.best_weights, "elapsed": self.elapsed, "first_elbo": self.first_elbo,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any], group: Group) -> None:
-        """Go on from `state`."""
+        """Go on from `state`; ValueError where it lacks a part."""
+        state = {"first_elbo": self.first_elbo} | state  # it came later than the first checkpoints
+        if lacking := self.state().keys() - state.keys():
+            raise ValueError(f"resume: got a checkpoint without {', '.join(sorted(lacking))}, expected a whole one")
+        try:
+            self._restore(state, group)
+        except BROKEN as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"resume: got a checkpoint whose parts do not fit this run ({reason}), expected a whole one") from error
+
+    def _restore(self, state: dict[str, Any], group: Group) -> None:
         device = self.trace.device
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -366,7 +384,7 @@ class Run:
             self.noise.set_state(state["noise"])
         self.history.extend(state["history"])
         self.history.best_epoch = state["best_epoch"]
-        for name in ("step", "elapsed", "best_elbo", "best_weights"):
+        for name in ("step", "elapsed", "best_elbo", "best_weights", "first_elbo"):
             setattr(self, name, state[name])
         if group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
             self.trace = state["trace"].to(device)
@@ -411,6 +429,16 @@ def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> Non
         raise FloatingPointError(f"epoch {epoch}, {wrong[0]}; try {advice}")
 
 
+def divergence(kept: dict[str, float], first_elbo: float, steps: int, pixels: int) -> str | None:
+    """Why the weights after the epoch `kept` are no use, as `History` says it; None where they are."""
+    elbo = kept.get("valid_elbo", kept["train_elbo"])
+    skipped = kept["skipped_steps"]
+    if elbo < first_elbo and (2 * skipped >= steps > 1 or elbo < first_elbo - abs(first_elbo) - pixels):
+        left_out = f", with {skipped:.0f} of {steps} steps left out" if skipped else ""
+        return f"after epoch {kept['epoch']} the ELBO is {elbo:.4g} nats per image{left_out}; at the first step it was {first_elbo:.4g}"
+    return None
+
+
 def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig) -> None:
     """ValueError unless `fit` can start with these."""
     if not isinstance(config, TrainConfig):
@@ -420,6 +448,12 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
     if getattr(model, "labels", None) is not None:
         expected = "expected the model itself; fit hands it the labels of the images"
         raise ValueError(f"model: got a conditional VAE bound to labels, {expected}")
+    if not torch.is_grad_enabled():
+        raise ValueError("model: got it under torch.no_grad() or torch.inference_mode(), expected a call of fit outside of them")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model: got weights that are all frozen, expected some with requires_grad; model.requires_grad_() thaws all")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model: got one made under torch.inference_mode(), expected it to be made, or loaded, outside")
     if dtypes := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
         raise ValueError(
             f"model: got weights of {dtypes.pop()}, expected torch.float32; precision='bf16' is an argument of TrainConfig"
@@ -460,6 +494,8 @@ def epoch_record(run: Run, epoch: int, valid: ImageSet | None, seed: int, group:
     """
     rows = summed(run.trace, group).cpu()  # the epoch's only wait for the device, but for the validation
     check_finite(epoch, rows, run.model, run.history)
+    if epoch == 1:
+        run.first_elbo = ((rows[0, 0] - rows[0, 1]) / rows[0, 4]).item()
     log_likelihood, kl = (rows[:, :2].double().sum(0) / rows[:, 4].sum()).tolist()
     record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
     if valid is not None:
@@ -482,7 +518,8 @@ def fit(
     """Maximize the ELBO of `images`; the model is trained in place and ends on the chosen device.
 
     All images go to the device once; a minibatch is an index slice there, made the model's x by the likelihood. Ctrl-C ends the
-    training, keeps what was learned and returns the history. Under `torchrun` the processes share each batch.
+    training after the step that it came in, keeps what was learned and returns the history; a second one does not wait. Under
+    `torchrun` the processes share each batch. A run that diverged ends with a warning, see `History`.
 
     Args:
         model: changed in place.
@@ -500,7 +537,7 @@ def fit(
 
     Raises:
         ValueError: If images and model don't fit together, the configuration asks for what is not there, the folder holds a
-            checkpoint and `resume` is off, or its checkpoint belongs to another run.
+            checkpoint and `resume` is off, or its checkpoint belongs to another run, or another process is writing to it.
         FloatingPointError: If a term of the loss or a weight is no longer finite; the model then has the weights after the last
             good epoch (or where it resumed), and the folder the last checkpoint before the trouble.
 
@@ -512,12 +549,35 @@ def fit(
         True
     """
     config = config or TrainConfig()
+    if isinstance(config, TrainConfig) and isinstance(images, ImageSet) and config.batch_size == TrainConfig.batch_size:
+        config = replace(config, batch_size=min(config.batch_size, len(images)))
     check_arguments(model, images, valid, config)
     if folder is None and (resume or tensorboard):
         raise ValueError(f"folder: got None, expected a folder to {'resume from' if resume else 'write TensorBoard logs to'}")
     folder = None if folder is None else as_path(folder)
     if folder is not None and (folder / FILE).exists() and not resume:
         raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
+    group = join(choose_device(config.device))
+    if config.batch_size < group.size:
+        raise ValueError(f"batch_size: got {config.batch_size}, expected at least one image for each of {group.size} processes")
+    with only_writer("folder", folder) if folder is not None and group.leads else nullcontext():
+        history = _fit(model, images, valid, config, folder, resume, tensorboard, group)
+    if history.diverged:
+        warnings.warn(f"training diverged: {history.diverged}; try a lower learning_rate or a clip_norm", stacklevel=2)
+    return history
+
+
+def _fit(
+    model: VAE,
+    images: ImageSet,
+    valid: ImageSet | None,
+    config: TrainConfig,
+    folder: Path | None,
+    resume: bool,
+    tensorboard: bool,
+    group: Group,
+) -> History:
+    """What `fit` does once its arguments are found good and the folder is this run's alone."""
     identity = {} if folder is None else {
         "model": model.config or repr(model),
         "images": fingerprint(images, model.needs_labels),
@@ -528,11 +588,8 @@ def fit(
     from tqdm.auto import tqdm
 
     device = choose_device(config.device)
-    group = join(device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    if config.batch_size < group.size:
-        raise ValueError(f"batch_size: got {config.batch_size}, expected at least one image for each of {group.size} processes")
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -578,6 +635,7 @@ def fit(
     if writer is not None and folder is not None:  # it forgets what an interrupted run wrote after its checkpoint
         writer = writer(folder / "tensorboard", purge_step=len(history) + 1) if group.leads else None
     pressed, release = hold_interrupts()
+    whole = False
     total = config.epochs * steps_per_epoch
     bar = tqdm(total=total, initial=run.step, unit="batch", disable=not (config.progress and group.leads))
     try:
@@ -599,6 +657,7 @@ def fit(
                 bar.update()
                 run.elapsed = time.perf_counter() - start
                 if pressed:
+                    whole = True
                     raise KeyboardInterrupt
                 if config.checkpoint_minutes is not None and time.perf_counter() - last_written >= 60 * config.checkpoint_minutes:
                     if run.trace[: row + 1, :2].isfinite().all():  # never over the last good one
@@ -629,7 +688,7 @@ def fit(
         write_state()
     except KeyboardInterrupt:
         history.stopped = "interrupted"
-        if pressed:  # between two steps, so that the state is whole
+        if whole:  # raised between two steps, and not by a second Ctrl-C amid one
             write_state()
     except FloatingPointError:
         run.best_weights = good_weights
@@ -646,6 +705,9 @@ def fit(
             model.load_state_dict(run.best_weights)
         elif run.averages is not None:
             torch._foreach_copy_([parameter.detach() for parameter in model.parameters()], run.averages)
+    if history:
+        kept = history[-1] if run.best_weights is None or history.best_epoch is None else history[history.best_epoch - 1]
+        history.diverged = divergence(kept, run.first_elbo, steps_per_epoch, math.prod(model.image_shape))
     return history
 
 
