@@ -5,16 +5,7 @@ The modules follow the book: `data`, `likelihoods`, `objectives`, `networks`, `v
 """
 
 import importlib
-import os
-import signal
-import sys
-from itertools import pairwise
 from typing import Any
-
-_command = os.path.splitext(os.path.basename("".join(sys.orig_argv[1:2])))[0] == "vaelib" or ("-m", "vaelib") in pairwise(sys.orig_argv)
-if _command and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Ctrl-C while torch is being imported, which takes seconds, ends the command in one line too; then `cli.main` takes over.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"vaelib: interrupted\n") and 130))
 
 from vaelib.conditional import ConditionalVAE, conditional_vae
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split

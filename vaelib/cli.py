@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -635,8 +634,6 @@ def check_no_empty(arguments: list[str]) -> None:
 
 def main() -> None:
     """Run the command; bad input ends with one line on stderr and exit status 2, Ctrl-C with one and 130."""
-    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # until here `vaelib/__init__.py` had it
     try:
         with warnings.catch_warnings():
             warnings.showwarning = say_warning
