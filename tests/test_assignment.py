@@ -188,10 +188,20 @@ WRITTEN = [
     ("likelihood", "no-tails", "torch.where(x < -0.999, upper, torch.where(x > 0.999, lower, inner))", "inner"),
     ("likelihood", "overflow", "torch.log(-torch.expm1(-2 / 255 * inverse))", "torch.log(1 - torch.exp(-2 / 255 * inverse))"),
     ("likelihood", "detached", "torch.exp(-log_scale)", "torch.exp(-log_scale.detach())"),
+    ("likelihood", "swapped", "location, log_scale = params", "log_scale, location = params"),
+    ("likelihood", "inverse-scale", "torch.exp(-log_scale)", "torch.exp(log_scale)"),
+    ("likelihood", "interleaved", "params.chunk(2, dim=1)", "params[:, 0::2], params[:, 1::2]"),
+    ("likelihood", "fixed-scale", "torch.exp(-log_scale)", "torch.exp(-0 * log_scale)"),
     ("iwae", "no-log-k", " - math.log(len(log_weights))", ""),
     ("iwae", "elbo", "torch.logsumexp(log_weights, 0) - math.log(len(log_weights))", "log_weights.mean(0)"),
     ("iwae", "overflow", "torch.logsumexp(log_weights, 0) - math.log(len(log_weights))", "log_weights.exp().mean(0).log()"),
     ("networks", "no-log-var", "return self.mean(h), self.log_var(h)", "return self.mean(h)"),
+    ("networks", "sigmoid", "nn.Unflatten(1, tuple(image_shape))", "nn.Unflatten(1, tuple(image_shape)), nn.Sigmoid()"),
+    ("networks", "relu", "nn.Unflatten(1, tuple(image_shape))", "nn.ReLU(), nn.Unflatten(1, tuple(image_shape))"),
+    ("networks", "tanh", "nn.Unflatten(1, tuple(image_shape))", "nn.Tanh(), nn.Unflatten(1, tuple(image_shape))"),
+    ("networks", "softmax", "nn.Unflatten(1, tuple(image_shape))", "nn.Softmax(1), nn.Unflatten(1, tuple(image_shape))"),
+    ("networks", "detached", "return self.layers(z)", "return self.layers(z).detach()"),
+    ("networks", "detached", "self.log_var(h)", "self.log_var(h).detach()"),
     ("networks", "same-head", "self.log_var(h)", "self.mean(h)"),
     ("networks", "positive-log-var", "self.log_var(h)", "F.softplus(self.log_var(h))"),
     ("networks", "batch-dependence", "(image_shape), 200)", "(image_shape), 200), nn.BatchNorm1d(200)"),
@@ -200,6 +210,10 @@ WRITTEN = [
     ("training_step", "elbo-minimized", "loss.backward()", "(-loss).backward()"),
     ("training_step", "no-zero-grad", "    optimizer.zero_grad()\n", ""),
     ("training_step", "no-step", "    optimizer.step()\n", ""),
+    ("training_step", "no-scale", "vaelib.reparameterize(mean, log_var, torch.randn_like(mean))", "mean + torch.randn_like(mean)"),
+    ("training_step", "sigmoid-twice", "(logits, x", "(logits.sigmoid(), x"),
+    ("training_step", "kl-sum-batch", "(mean, log_var) - log_l", "(mean, log_var).sum() - log_l"),
+    ("training_step", "detached", "model.decode(z)", "model.decode(z).detach()"),
     ("training_step", "sum-batch", "- log_likelihood).mean()", "- log_likelihood).sum()"),
     ("training_step", "mean-decoded", "model.decode(z)", "model.decode(mean)"),
     ("retrieval", "farthest", ", largest=False", ""),
@@ -302,17 +316,39 @@ def test_a_run_goes_on_after_an_error_and_an_endless_cell_and_ends_with_the_kern
     assert "the run broke off" in capsys.readouterr().err
 
 
-def test_the_last_part_trains_the_student_s_own_model_once_all_parts_pass(monkeypatch):
+def last_cells(notebook, monkeypatch):
+    """The two last cells of a notebook after a fast run: whether each ended well, and what they said."""
     monkeypatch.setenv("VAELIB_FAST", "1")
+    ended = execute(notebook)
+    last = [place for place, cell in enumerate(notebook.cells) if cell.cell_type == "code"][-2:]
+    outputs = [output for place in last for output in notebook.cells[place].outputs]
+    return [place in ended for place in last], "".join(output.get("text", "") + output.get("evalue", "") for output in outputs)
+
+
+def test_the_last_part_trains_the_student_s_own_model_once_all_parts_pass_and_reaches_the_number_it_names(monkeypatch):
     shown = []
     monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf()))
-    solution, stub = assignment.instructor_notebook(), assignment.student_notebook()
-    for notebook, words in ((solution, "loss in the last epoch"), (stub, "All eight parts must pass first.")):
-        ended = execute(notebook)
-        last = [place for place, cell in enumerate(notebook.cells) if cell.cell_type == "code"][-2:]
-        assert ended >= set(last)
-        assert words in "".join(output.text for place in last for output in notebook.cells[place].outputs)
+    ended, told = last_cells(assignment.student_notebook(), monkeypatch)
+    assert ended == [True, True]
+    assert "All eight parts must pass first." in told
+    ended, told = last_cells(assignment.instructor_notebook(), monkeypatch)
+    assert ended == [True, True]
+    assert "loss in the last epoch" in told
+    (text,) = (cell.source for cell in assignment.student_notebook().cells if "All together" in cell.source)
+    (named,) = (float(n) for n in re.findall(r"about (-\d+) with `FAST`", text))
+    (reached,) = (float(n) for n in re.findall(r"bound (-[\d.]+) nats", told))
+    assert abs(reached - named) < 3  # five trainings differ by 1.7
     assert len(shown) == 2
+    plt.close("all")
+
+
+def test_the_last_part_fails_where_the_parts_do_not_reach_the_number_together(monkeypatch):
+    monkeypatch.setattr(plt, "show", lambda: None)
+    bounded = answer("networks").replace("nn.Unflatten(1, tuple(image_shape))", "nn.Unflatten(1, tuple(image_shape)), nn.Sigmoid()")
+    notebook = solved(networks=bounded, **{"networks-test": "verdicts['networks'] = True"})
+    ended, told = last_cells(notebook, monkeypatch)
+    assert ended == [True, False]
+    assert "a right solution reaches about -176" in told
     plt.close("all")
 
 
