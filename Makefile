@@ -12,7 +12,7 @@ CHAPTERS_LAX := $(filter-out $(CHAPTERS_STRICT),$(CHAPTERS))
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix assignment rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix assignment rows mnist-rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help:
 	@echo "make book       render the book to _build/html/index.html"
@@ -25,6 +25,7 @@ help:
 	@echo "make lighthouse  score the built pages, desktop and phone (needs npx; 20 minutes)"
 	@echo "make execute    re-run the notebooks on real data and store their outputs and results"
 	@echo "make rows       train and score the rows of the CIFAR tables that are missing"
+	@echo "make mnist-rows  the same for the MNIST tables, three trainings each"
 	@echo "make retrieval-rows  the same for the retrieval tables"
 	@echo "make assignment  write the students' notebook from its source"
 	@echo "make features   train the small classifier whose features score samples"
@@ -81,6 +82,9 @@ execute: $(READY)
 
 rows: $(READY)
 	$(BIN)/python book/_scripts/rows.py
+
+mnist-rows: $(READY)
+	$(BIN)/python book/_scripts/mnist_rows.py
 
 retrieval-rows: $(READY)
 	$(BIN)/python book/_scripts/retrieval_rows.py

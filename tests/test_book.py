@@ -72,6 +72,28 @@ def test_every_numbered_equation_is_followed_by_a_cell_that_computes(name):
             assert cells[place + 1].cell_type == "code", cell.id
 
 
+def printed(cell):
+    """What a cell prints: the words in front, and the source of the value behind them."""
+    for node in ast.walk(ast.parse(cell.source)):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and len(node.args) == 2:
+            yield (
+                ast.literal_eval(node.args[0]).strip() if isinstance(node.args[0], ast.Constant) else "",
+                ast.unparse(node.args[1]),
+            )
+
+
+@pytest.mark.parametrize("label", ["gaussian-log-density", "gaussian-kl", "gaussian-log-prob"])
+def test_a_closed_form_of_the_derivation_is_written_out_beside_what_does_not_use_it(label):
+    cells = chapter("elbo").cells
+    place = next(i for i, cell in enumerate(cells) if f"$$ ({label})" in cell.source)
+    sides = dict(printed(cells[place + 1]))
+    assert "vaelib" not in sides["right-hand side"]
+    assert not re.search(r"log_prob|kl_divergence", sides["right-hand side"])
+    assert "log_s2" in sides["right-hand side"] or "squared" in sides["right-hand side"]
+    said = dict(re.findall(r"^(.+?)  +tensor\(\[(.+)\]\)$", cells[place + 1].outputs[0].text, re.MULTILINE))
+    assert said["right-hand side"] == said["torch.distributions"] == said["library"]
+
+
 TRACE = re.compile(
     r"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<unit>[^<\n\d]{0,24})<!-- (?P<file>[a-z0-9-]+):(?P<path>[^*>]+?)(?: \* (?P<factor>[\d.]+))? -->"
 )
@@ -254,3 +276,26 @@ def test_the_words_for_an_opening_picture_give_the_numbers_that_it_shows(name):
     alt = re.search(r"!\[(.+?)\]\(_static/open-", chapter(name).cells[0].source)[1]
     assert len(shown) >= 2
     assert [number for number in shown if number not in re.findall(r"\d+(?:\.\d+)?", alt)] == []
+
+
+def trainings(row, key):
+    """A score in each training of a row of the MNIST tables."""
+    return json.loads((ROOT / "results" / "mnist-rows.json").read_text())[row]["metrics"][key]["each"]
+
+
+def test_over_the_256_levels_the_two_gaussians_change_places():
+    assert min(trainings("gaussian-learned", "elbo")) > max(trainings("gaussian-1", "elbo")) + 500
+    assert max(trainings("gaussian-learned", "over_levels")) < min(trainings("gaussian-1", "over_levels")) - 100
+    assert min(trainings("gaussian-discretized", "over_levels")) > max(trainings("gaussian-1", "over_levels")) + 100
+    assert min(trainings("logistic-discretized", "over_levels")) > max(trainings("gaussian-discretized", "over_levels"))
+
+
+def test_longer_training_takes_away_most_of_what_256_latent_dimensions_cost_and_hold():
+    def mean(row, key):
+        assert len(trainings(row, key)) == 3
+        return sum(trainings(row, key)) / 3
+
+    cost = {end: mean(f"784-128-20{end}", "elbo") - mean(f"784-128-256{end}", "elbo") for end in ("", ".18-epochs")}
+    assert 0 < cost[".18-epochs"] < cost[""] / 2
+    assert mean("784-128-256.18-epochs", "rate_of_the_rest") < mean("784-128-256", "rate_of_the_rest") / 2
+    assert max(trainings("784-128-256.18-epochs", "active")) < min(trainings("784-128-256", "active"))

@@ -123,6 +123,45 @@ def test_every_entry_of_the_glossary_links_into_a_chapter():
         assert 30 < len(text) < 400, names
 
 
+def places(text):
+    """Where each equation, section and exercise of a chapter begins."""
+    found = {
+        label: text.rindex("\n$$\n", 0, text.index(f"$$ ({label})"))
+        for label in re.findall(r"^\$\$ \((\S+)\)$", text, re.MULTILINE)
+    }
+    return found | {
+        match[1] or match[2]: match.start() for match in re.finditer(r"^\((\S+)\)=$|^:label: (\S+)$", text, re.MULTILINE)
+    }
+
+
+def test_a_link_of_the_glossary_does_not_point_past_the_definition():
+    """The word's first use comes after the link's target, or in the few lines before an equation, which stay in view above it."""
+    past = []
+    for names, entry in entries():
+        for name in CHAPTERS:
+            text, targets = prose(name), places(prose(name))
+            uses = [text.find(form) for word in names for form in (f"{{term}}`{word}`", f"<{word}>`")]
+            first = min((use for use in uses if use >= 0), default=None)
+            linked = [targets[label] for label in re.findall(r"\{(?:eq|ref)\}`(?:[^`<]*<)?([^>`]+)>?`", entry) if label in targets]
+            if first is not None and linked and first < min(linked):
+                between = text[first : min(linked)]
+                if len(between) > 300 or re.search(r"^#+ ", between, re.MULTILINE):
+                    past.append((names[0], name, len(between)))
+    assert past == []
+
+
+@built
+def test_a_link_to_an_equation_leaves_the_lines_that_lead_to_it_in_view(browser, address):
+    page = browser.new_page()
+    try:
+        page.goto(f"{address}elbo.html#equation-posterior")
+        page.wait_for_timeout(300)
+        top = page.locator("[id='equation-posterior']").bounding_box()["y"]
+        assert 120 < top < 400
+    finally:
+        page.close()
+
+
 def test_no_word_stands_twice_in_the_glossary():
     names = [name.lower() for names, _ in entries() for name in names]
     assert len(set(names)) == len(names)

@@ -794,3 +794,22 @@ def test_log_prob_and_its_gradient_are_finite_for_any_params(config, n, channels
     assert torch.isfinite(mean).all()
     assert likelihood.to_pixels(mean).dtype == torch.uint8
     assert likelihood.sample(params.detach()).shape == x.shape
+
+
+def test_minus_grey_bce_minus_the_rate_bounds_the_expected_log_probability_of_the_binarized_image(generator):
+    z = torch.linspace(-9, 9, 3001, dtype=torch.float64)
+    prior = Normal(0.0, 1.0).log_prob(z)
+    weight, bias = torch.randn(2, 4, generator=generator, dtype=torch.float64)
+    params = (z[:, None] * weight + bias).view(-1, 1, 2, 2)  # logits of four pixels, on the line of codes
+    grey = torch.rand(4, generator=generator, dtype=torch.float64).view(1, 1, 2, 2)
+    binary = torch.tensor(list(itertools.product((0.0, 1.0), repeat=4)), dtype=torch.float64).view(16, 1, 2, 2)
+    chance = (grey * binary + (1 - grey) * (1 - binary)).flatten(1).prod(1)  # of each binarization
+    log_px = [torch.trapezoid((Bernoulli().log_prob(b.expand_as(params), params) + prior).exp(), z).log() for b in binary]
+    expected = (chance * torch.stack(log_px)).sum()
+    minus_bce = GreyBCENotALikelihood().log_prob(grey.expand_as(params), params)
+    for mean, deviation in ((0.0, 1.0), (0.4, 0.8), (-1.0, 0.5)):
+        q = Normal(mean, deviation)
+        rate = torch.distributions.kl_divergence(q, Normal(0.0, 1.0))
+        bound = torch.trapezoid(q.log_prob(z).exp() * minus_bce, z) - rate
+        assert bound < expected
+    assert expected - torch.trapezoid(prior.exp() * minus_bce, z) < 2  # at q = p(z): a bound that says something

@@ -8,6 +8,7 @@ committed: front-plane.html, which book/intro.md takes in, and the map for wide 
 """
 
 import argparse
+import importlib.util
 import json
 import re
 import textwrap
@@ -167,7 +168,7 @@ def check():
     listed = [chapter["file"] for part in contents["parts"] if part.get("numbered") for chapter in part["chapters"]]
     if listed != list(CHAPTERS):
         raise SystemExit(f"CHAPTERS: got {', '.join(CHAPTERS)}, expected those of book/_toc.yml: {', '.join(listed)}")
-    missing = [name for step in STEPS for name in step[2] if not (ROOT / "vaelib" / f"{name}.py").is_file()]
+    missing = [name for step in STEPS for name in step[2] if not importlib.util.find_spec(f"vaelib.{name}")]
     if missing:
         raise SystemExit(f"STEPS: got {', '.join(missing)}, expected modules of vaelib")
 
