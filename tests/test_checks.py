@@ -669,8 +669,9 @@ WRONG_STEPS = [
     ("in-place", stepping(lambda model, x: vaelib.loss(model.elbo(x.mul_(0))))),
     (None, stepping(lambda model, x: vaelib.loss(model.elbo(x)), scale=1.01)),
     (None, stepping(lambda model, x: -vaelib.beta_elbo(model.elbo(x), 1.1).mean())),
-    (None, lambda model, optimizer, x: STEPS[0](model, optimizer, x) and None),
-    (None, lambda model, optimizer, x: torch.tensor(STEPS[0](model, optimizer, x))),
+    ("no-return", lambda model, optimizer, x: STEPS[0](model, optimizer, x) and None),
+    ("not-a-float", lambda model, optimizer, x: torch.tensor(STEPS[0](model, optimizer, x))),
+    ("eval-mode", lambda model, optimizer, x: STEPS[0](model.eval(), optimizer, x)),
     (None, lambda model, optimizer, x: STEPS[0](model, optimizer, x) * math.nan),
     (None, lambda model, optimizer, x: STEPS[0](model, optimizer, x[:1].expand_as(x))),
 ]
@@ -712,6 +713,40 @@ def step_of(loss_of=two_terms, z_of=REPARAMETERIZE[0], zero=True, between=lambda
         return told(loss)
 
     return step
+
+
+def encoder_without_graph(model, optimizer, x):
+    with torch.no_grad():
+        mean, log_var = model.encode(x)
+    loss = two_terms(x, mean, log_var, model.decode(vaelib.reparameterize(mean, log_var)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def backward_twice(model, optimizer, x):
+    loss = vaelib.loss(model.elbo(x))
+    optimizer.zero_grad()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+class SharedMean(Encoder):
+    def forward(self, x):
+        return super().forward(x.mean(0, keepdim=True).expand_as(x))
+
+
+def gaussian(density):
+    """Of real x, by location and log-scale; `density` is that of one pixel."""
+    return Student(lambda x, p: total(density(x, m_of(p), s_of(p))), values=None)
+
+
+def one_log_scale(x, p):
+    channels = x.shape[1]
+    return total(logistic_log_mass(x, p[:, :channels], p[:, -1:]))
 
 
 def logistic_of(m, s):
@@ -791,6 +826,38 @@ SINGLE = [
         "ignores-latent",
         (Encoder(), Function(lambda layer, z: layer(z * torch.tensor([1.0, 1, 1, 0])).view(-1, 1, 8, 8), 4, 64)),
     ),
+    (NETWORKS, "bounded", (Encoder(), decoder(nn.Hardtanh(-3, 3), IMAGE))),
+    (NETWORKS, "bounded", (Encoder(), Function(lambda layer, z: 3 * layer(z).tanh().view(-1, 1, 8, 8), 4, 64))),
+    (NETWORKS, "negative-log-var", (Encoder(log_var_end=nn.LogSigmoid()), decoder())),
+    (NETWORKS, "batch-dependence", (SharedMean(), decoder())),
+    (NETWORKS, "ignores-pixels", (Encoder(hidden=Function(lambda layer, x: layer(x[:, :, :4].flatten(1)), 32, 16)), decoder())),
+    (check_kl, "detached", lambda m, s: 0.5 * (m**2 + s.detach().exp() - 1 - s).sum(1)),
+    (check_kl, "base", lambda m, s: kl_terms(m, s).sum(1) / math.log(2)),
+    (check_elbo, "base", lambda x, m, s, o: -(cross_entropy(x, o) + kl_terms(m, s).sum(1)) / math.log(2)),
+    (check_elbo, "beta", lambda x, m, s, o: -cross_entropy(x, o) - 4 * kl_terms(m, s).sum(1)),
+    (
+        check_elbo,
+        "mean-channels",
+        lambda x, m, s, o: F.logsigmoid((2 * x - 1) * o).mean(1).sum((1, 2)) - kl_terms(m, s).sum(1),
+    ),
+    (check_iwae, "floor", lambda w: w.clamp(-80, 80).exp().mean(0).log()),
+    (check_retrieval, "one-unit", lambda q, x, k: (q[:, :1] - x[:, 0]).abs().topk(k, largest=False).indices),
+    (check_retrieval, "one-query", lambda q, x, k: torch.cdist(q[:1], x).topk(k, largest=False).indices.expand(len(q), k)),
+    (check_retrieval, "half", lambda q, x, k: torch.cdist(q.half().float(), x.half().float()).topk(k, largest=False).indices),
+    (check_likelihood, "no-sigmoid", binary(lambda x, p: -total(F.binary_cross_entropy(p.clamp(0, 1), x, reduction="none")))),
+    (check_likelihood, "logits-bounded", binary(lambda x, p: bce(x, p.tanh()))),
+    (check_likelihood, "logits-bounded", binary(lambda x, p: bce(x, 3 * (p / 3).tanh()))),
+    (check_likelihood, "scale-bounded", Student(logistic_of(m_of, lambda p: s_of(p).clamp(min=0)))),
+    (check_likelihood, "one-scale", Student(one_log_scale)),
+    (check_likelihood, "base", Student(lambda x, p: logistic(x, p) / math.log(2))),
+    (check_likelihood, "no-log-scale", gaussian(lambda x, m, s: -0.5 * ((x - m) / s.exp()) ** 2 - 0.5 * math.log(2 * math.pi))),
+    (check_likelihood, "log-variance", gaussian(lambda x, m, s: Normal(m, (s / 2).exp()).log_prob(x))),
+    (check_likelihood, "inverse-scale", gaussian(lambda x, m, s: Normal(m, (-s).exp()).log_prob(x))),
+    (check_likelihood, "swapped", gaussian(lambda x, m, s: Normal(s, m.exp()).log_prob(x))),
+    (check_likelihood, "fixed-scale", gaussian(lambda x, m, s: Normal(m, 0 * s + 0.3).log_prob(x))),
+    (check_training_step, "backward-twice", backward_twice),
+    (check_training_step, "detached", encoder_without_graph),
+    (check_training_step, "beta", step_of(lambda x, m, s, o: (cross_entropy(x, o) + 4 * kl_terms(m, s).sum(1)).mean())),
     (check_training_step, "no-scale", step_of(z_of=lambda m, s, e: m + e)),
     (check_training_step, "noise-variance", step_of(z_of=lambda m, s, e: m + s.exp() * e)),
     (check_training_step, "elbo-minimized", step_of(lambda *a: -two_terms(*a))),
@@ -817,6 +884,16 @@ DOUBLE = [
     (check_iwae, "no-log-k + sign", lambda w: -w.logsumexp(0)),
     (check_retrieval, "farthest + cosine", lambda q, x, k: F.cosine_similarity(q[:, None], x[None], dim=2).argsort(1)[:, :k]),
     (check_likelihood, "swapped + inverse-scale", Student(logistic_of(s_of, lambda p: -m_of(p)))),
+    (check_likelihood, "mean-pixels + sign", binary(lambda x, p: -bce(x, p) / x[0].numel())),
+    (check_likelihood, "interleaved + sign", Student(lambda x, p: -total(logistic_log_mass(x, p[:, 0::2], p[:, 1::2])))),
+    (
+        check_training_step,
+        "mean-latents + detached",
+        step_of(
+            lambda x, m, s, o: (cross_entropy(x, o) + kl_terms(m, s).mean(1)).mean(),
+            lambda m, s, e: REPARAMETERIZE[0](m, s, e).detach(),
+        ),
+    ),
     (check_training_step, "detached + no-zero-grad", step_of(z_of=lambda m, s, e: REPARAMETERIZE[0](m, s, e).detach(), zero=False)),
     (
         check_training_step,
@@ -909,6 +986,8 @@ RIGHT = [
     (check_likelihood, Student(lambda x, p: total(logistic_log_mass(x, *p.view(len(p), 2, -1, *p.shape[2:]).unbind(1))))),
     (check_likelihood, Student(lambda x, p: total(logistic_log_mass(x, *p.split(x.shape[1], 1))))),
     (check_likelihood, Student(lambda x, p: total(Normal(m_of(p), s_of(p).exp()).log_prob(x)), values=None)),
+    (check_likelihood, Student(logistic_of(m_of, lambda p: s_of(p).clamp(min=-7)))),
+    (check_retrieval, lambda q, x, k: (q @ x.T - x.square().sum(1) / 2).topk(k).indices),
     (NETWORKS, (Encoder(), decoder(IMAGE, nn.Hardtanh(-10, 10)))),
     (
         NETWORKS,

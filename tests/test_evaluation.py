@@ -79,6 +79,7 @@ def test_a_score_that_is_no_likelihood_defines_no_log_likelihood(test_set):
     assert result.bits_per_dim is None
 
 
+@pytest.mark.equation("effective-sample-size")
 def test_the_effective_sample_size_is_the_squared_sum_over_the_sum_of_squares():
     weights = torch.tensor([[1.0, 0.0, 3.0], [1.0, 5.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
     size = vaelib.effective_sample_size(weights.log())
@@ -101,6 +102,7 @@ class ShiftedPosterior(torch.nn.Module):
         return mean + self.shift * covariance.diagonal().sqrt(), covariance.diagonal().log().expand_as(mean)
 
 
+@pytest.mark.equation("effective-sample-size")
 @pytest.mark.parametrize("shift", [0.0, 0.5, 1.0])
 def test_of_a_q_shifted_by_d_deviations_a_share_of_exp_minus_d_squared_counts(shift, generator):
     weight = torch.tensor([[0.3], [0.5], [-0.2]])

@@ -259,6 +259,7 @@ def test_the_likelihood_of_the_elbo_is_that_of_the_decoded_z(model, generator):
         torch.testing.assert_close(model.log_weights(x, 2, eps), expected)
 
 
+@pytest.mark.equation("hierarchical-kl")
 def test_the_closed_form_kl_of_a_hierarchy_is_the_mean_of_log_q_minus_log_p(hierarchical, generator):
     x, count = some_x(hierarchical, 2), 1000
     with torch.no_grad():

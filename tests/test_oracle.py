@@ -10,9 +10,12 @@ from torch import nn
 
 import vaelib
 from vaelib import VAE, ElboTerms, Gaussian, TrainConfig, fit, heldout_elbo, image_set, mlp_vae
-from vaelib.oracles import LinearGaussian
+from vaelib.oracles import LinearGaussian, linear_rate, principal_components, probabilistic_pca
 
 DIMS, LATENT, SCALE, COUNT = 6, 2, 0.5, 5
+
+
+EIGENVALUES = torch.tensor([3.0, 1.2, 0.6, 0.25, 0.1, 0.02], dtype=torch.float64)  # of the data below; SCALE**2 is 0.25
 
 
 class FixedPosterior(nn.Module):
@@ -60,7 +63,7 @@ def other_posterior(generator):
 
 def vae_with(oracle, mean, log_var):
     likelihood = Gaussian(SCALE).double()
-    return VAE(FixedPosterior(mean, log_var), LinearDecoder(oracle), likelihood, (1, 1, DIMS), LATENT)
+    return VAE(FixedPosterior(mean, log_var), LinearDecoder(oracle), likelihood, (1, 1, DIMS), oracle.latent_dim)
 
 
 def as_images(x):
@@ -198,6 +201,116 @@ def test_a_linear_vae_trained_by_fit_reaches_the_evidence_of_pca(small_digits):
     oracle = LinearGaussian(decoder.weight.detach(), decoder.bias.detach(), model.likelihood.log_scale.exp().item())
     evidence = oracle.log_evidence(torch.from_numpy(data)).mean().item()
     assert elbo - 0.05 < evidence < truth + 0.01  # the maximum of the likelihood is PCA's
+
+
+@pytest.fixture
+def data(generator):
+    """Data (400, DIMS) whose covariance has EIGENVALUES to the last digit, and its principal components."""
+    white = torch.randn(400, DIMS, generator=generator, dtype=torch.float64)
+    white -= white.mean(0)
+    white = torch.linalg.qr(white)[0] * math.sqrt(len(white))
+    basis, _ = torch.linalg.qr(torch.randn(DIMS, DIMS, generator=generator, dtype=torch.float64))
+    x = white * EIGENVALUES.sqrt() @ basis.T + torch.randn(DIMS, generator=generator, dtype=torch.float64)
+    return x, principal_components(x.mean(0), torch.cov(x.T, correction=0))
+
+
+@pytest.mark.equation("probabilistic-pca")
+def test_probabilistic_pca_has_the_covariance_of_the_data_in_its_own_directions_and_one_scale_in_the_others(data):
+    x, components = data
+    torch.testing.assert_close(components.eigenvalues, EIGENVALUES)
+    oracle = probabilistic_pca(components, LATENT)
+    assert oracle.scale**2 == pytest.approx(EIGENVALUES[LATENT:].mean().item())
+    covariance = oracle.weight @ oracle.weight.T + oracle.scale**2 * torch.eye(DIMS)
+    expected = torch.cat([EIGENVALUES[:LATENT], torch.full((DIMS - LATENT,), oracle.scale**2)])
+    torch.testing.assert_close(torch.linalg.eigvalsh(covariance).flip(0), expected)
+    # so its mean log-likelihood is that of scikit-learn's, which divides by N - 1, on data that make up for it
+    scaled = x.mean(0) + (x - x.mean(0)) * math.sqrt((len(x) - 1) / len(x))
+    pca = PCA(LATENT).fit(scaled.numpy())
+    expected = probabilistic_pca(principal_components(scaled.mean(0), torch.cov(scaled.T)), LATENT).log_evidence(scaled)
+    assert expected.mean().item() == pytest.approx(pca.score(scaled.numpy()), abs=1e-9)
+
+
+@pytest.mark.equation("probabilistic-pca")
+@pytest.mark.parametrize("scale", [None, SCALE])
+def test_no_other_weight_bias_or_scale_has_a_higher_likelihood(data, scale, generator):
+    x, components = data
+    best = probabilistic_pca(components, 4, scale)
+    weight, bias = best.weight.clone().requires_grad_(), best.bias.clone().requires_grad_()
+    LinearGaussian(weight, bias, best.scale).log_evidence(x).mean().backward()
+    assert weight.grad.abs().max() < 1e-9
+    assert bias.grad.abs().max() < 1e-9
+    highest = best.log_evidence(x).mean()
+    for _ in range(20):
+        step = 0.1 * torch.randn(best.weight.shape, generator=generator, dtype=torch.float64)
+        assert LinearGaussian(best.weight + step, best.bias, best.scale).log_evidence(x).mean() < highest
+    if scale is None:
+        assert all(LinearGaussian(best.weight, best.bias, best.scale * f).log_evidence(x).mean() < highest for f in (0.95, 1.05))
+
+
+def test_with_a_latent_less_than_dimensions_probabilistic_pca_is_the_full_gaussian(data):
+    x, components = data
+    full = torch.distributions.MultivariateNormal(x.mean(0), torch.cov(x.T, correction=0)).log_prob(x)
+    terms = probabilistic_pca(components, DIMS - 1).exact_elbo(x)
+    torch.testing.assert_close(components.log_prob(x), full)
+    torch.testing.assert_close(terms.elbo, full)  # rate and distortion make up -log p: the rate is no surcharge
+    assert terms.kl.mean() > 3
+
+
+@pytest.mark.equation("linear-rate")
+def test_a_unit_of_a_linear_vae_is_silent_where_its_eigenvalue_is_at_most_the_squared_scale(data):
+    x, components = data
+    oracle = probabilistic_pca(components, 5, SCALE)  # eigenvalues 3, 1.2, 0.6 stand above 0.25, the next at it, the last below
+    model = vae_with(oracle, *exact_posterior(oracle, x))
+    terms = model.elbo(as_images(x), 1)
+    rate = linear_rate(EIGENVALUES[:5], SCALE)
+    torch.testing.assert_close(rate, 0.5 * torch.tensor([12.0, 4.8, 2.4, 1.0, 1.0], dtype=torch.float64).log())
+    torch.testing.assert_close(terms.kl_per_unit.mean(0), rate)
+    assert (terms.kl_per_unit[:, 3:].abs() < 1e-9).all()  # not in the mean only: for every image
+    # the closed form, the library's own weights and the brute-force Gaussian agree image by image
+    brute = torch.distributions.MultivariateNormal(oracle.bias, oracle.weight @ oracle.weight.T + SCALE**2 * torch.eye(DIMS))
+    torch.testing.assert_close(oracle.exact_elbo(x).elbo, brute.log_prob(x))
+    torch.testing.assert_close(oracle.exact_elbo(x).kl, terms.kl)
+    torch.testing.assert_close(model.log_weights(as_images(x), 3), brute.log_prob(x).expand(3, -1))
+
+
+@pytest.mark.equation("linear-rate")
+def test_giving_a_silent_unit_a_weight_lowers_the_evidence_and_a_live_one_raises_it(data):
+    x, components = data
+    for unit, direction, better in ((2, 2, True), (4, 4, False)):
+        without = probabilistic_pca(components, 5, SCALE)
+        without.weight[:, unit] = 0
+        small = without.weight.clone()
+        small[:, unit] = 0.05 * components.directions[:, direction]
+        change = LinearGaussian(small, without.bias, SCALE).log_evidence(x).mean() - without.log_evidence(x).mean()
+        assert (change > 0) == better
+        assert abs(change) > 1e-5
+
+
+@pytest.mark.equation("linear-rate")
+def test_fit_leaves_a_linear_vae_with_the_predicted_units_and_nats(small_digits):
+    torch.manual_seed(0)
+    scale, latent_dim = 0.8, 12
+    model = mlp_vae(small_digits.image_shape, (), latent_dim, {"name": "gaussian", "scale": scale})
+    x = model.likelihood.observe(small_digits.pixels).flatten(1).double()
+    components = principal_components(x.mean(0), torch.cov(x.T, correction=0))
+    predicted = linear_rate(components.eigenvalues, scale)
+    live = int((predicted > 0).sum())
+    assert 3 <= live <= latent_dim - 3
+    vaelib.fit(model, small_digits, config=TrainConfig(epochs=150, batch_size=100, learning_rate=0.02, progress=False))
+    measured = vaelib.kl_per_unit(model, small_digits).sort(descending=True).values.double()
+    assert measured.sum().item() == pytest.approx(predicted.sum().item(), abs=0.1)
+    assert (measured[:live] - predicted[:live]).abs().max() < 0.1
+    assert measured[live:].max() < 0.01
+
+
+def test_components_and_latent_dims_that_do_not_fit_are_refused(data):
+    _, components = data
+    with pytest.raises(ValueError, match="latent_dim: got 6, expected fewer than the 6 dimensions of x"):
+        probabilistic_pca(components, DIMS)
+    with pytest.raises(ValueError, match="scale: got .*, expected a finite number above 0"):
+        probabilistic_pca(components, 2, 0.0)
+    with pytest.raises(ValueError, match=r"mean, covariance: got .*, expected shapes \(D,\) and \(D, D\)"):
+        principal_components(torch.zeros(3), torch.zeros(3, 2))
 
 
 def test_wrong_shapes_are_refused():

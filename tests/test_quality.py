@@ -142,6 +142,21 @@ def test_the_distance_on_features_rises_with_the_noise_in_the_images(net, digits
     assert distances == sorted(distances)
 
 
+def test_contrast_alone_moves_the_scores_of_grey_images_and_not_those_of_thresholded_ones(net, digits):
+    real, fake = digits.pixels[:700], digits.pixels[700:1400]
+    softer, crisper = ((255 * (c * torch.logit(fake / 255)).sigmoid()).round().to(torch.uint8) for c in (0.5, 4))
+
+    def scores(pixels, change):
+        a, b = features_of(net, change(real)), features_of(net, change(pixels))
+        return frechet_distance(a, b), *manifold_scores(a, b)
+
+    grey, grey_softer, grey_crisper = (scores(pixels, lambda p: p) for pixels in (fake, softer, crisper))
+    assert min(grey_softer[0], grey_crisper[0]) > 3 * grey[0]  # the same strokes
+    assert min(grey_softer[2], grey_crisper[2]) < grey[2] - 0.2  # recall
+    black = [scores(pixels, lambda p: 255 * (p >= 128).to(torch.uint8)) for pixels in (fake, softer, crisper)]
+    assert black[0] == black[1] == black[2]
+
+
 def test_the_fid_of_torchmetrics_on_the_same_features_is_our_distance(net, digits, monkeypatch):
     fid = pytest.importorskip("torchmetrics.image.fid")
 

@@ -19,7 +19,7 @@ from vaelib.vae import VAE
 FILE = CHECKPOINT
 VERSION = 1
 KINDS: dict[str, Any] = {
-    "weights": dict, "optimizer": dict, "averages": (list, type(None)), "best_weights": (dict, type(None)), "history": list,
+    "optimizer": dict, "averages": (list, type(None)), "best_weights": (dict, type(None)), "history": list,
     "step": int, "images": str, "elapsed": float, "best_elbo": float, "best_epoch": (int, type(None)),
 }  # fmt: skip
 

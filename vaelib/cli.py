@@ -381,7 +381,7 @@ def sample(
             raise ValueError(f"label: got none, expected a class from 0 to {model.num_classes - 1}: the model is conditional")
         if prior != "standard":
             raise ValueError(f"prior: got {prior!r} beside --label, expected 'standard': the others know no labels")
-        model = model.given(check_int("label", label, minimum=0, maximum=model.num_classes - 1))
+        model = model.given(label)
     if between:
         kind = kind or "linear"
         first, last = (read_image(end, model.image_shape) for end in ends)

@@ -126,7 +126,7 @@ class ImportanceWeightedEstimate(NamedTuple):
 
     Attributes:
         log_likelihood: of log p(x), nats, low on average. eq. importance-weighted-bound
-        effective_sample_size: how many of the draws count, from 1 to `num_samples`, see `vaelib.effective_sample_size`.
+        effective_sample_size: how many of the draws count, from 1 to `num_samples`. eq. effective-sample-size
     """
 
     log_likelihood: Tensor
@@ -139,7 +139,7 @@ def importance_weighted_estimate(
     """log p(x) of each image by importance sampling, and the effective sample size of its draws, in one pass.
 
     Where the size is near 1 a single code carries the estimate, and another seed may give another one by nats. A large size is no
-    proof: codes that q never draws are missing from it too. eq. importance-weighted-bound
+    proof: codes that q never draws are missing from it too. eq. importance-weighted-bound, eq. effective-sample-size
 
     Memory is bounded: batch_size * sample_batch codes are decoded at once; on a CPU, few enough to stay in its cache are several
     times as fast. The result depends on neither number, nor on the order of the images. Burda, Grosse and Salakhutdinov 2016.

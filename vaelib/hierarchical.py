@@ -23,6 +23,7 @@ class HierarchicalVAE(VAE):
     h, which knows z_1..z_{l-1}, gives the prior of z_l, and h with the features gives the posterior of z_l. Both passes share h
     (Sonderby et al. 2016; Kingma et al. 2016; Child 2021). To the outside z is flat, the groups one after the other, and
     the other methods of `VAE` hold: the KL is closed form given the latents above, so that `elbo` is Monte Carlo in both terms.
+    eq. hierarchical-kl
 
     Args:
         encoder: the bottom-up pass.

@@ -389,17 +389,17 @@ class DiscretizedLogisticMixture(Likelihood):
 
     eq. logistic-mixture-log-prob
 
-    p(x) = sum over k of pi_k prod over c of P(x_c; location m_kc + sum over c' < c of a_kcc' x_c', log-scale s_kc): channel c
-    depends linearly on the channels before it. The K * (C + 1)(C + 2) / 2 params of a pixel with C channels are rows of K numbers
+    p(x) = sum over j of pi_j prod over c of P(x_c; location m_jc + sum over c' < c of a_jcc' x_c', log-scale s_jc): channel c
+    depends linearly on the channels before it. The J * (C + 1)(C + 2) / 2 params of a pixel with C channels are rows of J numbers
     (one per component), one after the other along the channel axis:
 
-    - 1 row of mixture logits: pi = softmax over k;
+    - 1 row of mixture logits: pi = softmax over j;
     - C rows of locations m, in units of x;
     - C rows of log-scales s, clamped to [-7, 7];
     - C(C - 1)/2 rows of coefficients, a = tanh(row), for (c, c') = (1, 0), (2, 0), (2, 1), (3, 0), ...
 
     Args:
-        num_mixtures: K.
+        num_mixtures: J.
     """
 
     params_per_value = None
@@ -418,7 +418,7 @@ class DiscretizedLogisticMixture(Likelihood):
         check_levels(x)
 
     def split(self, params: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, tuple[Tensor, ...]]]]:
-        """params -> the mixture logits, and per channel c its location, log-scale and c coefficients, each (N, K, H, W).
+        """params -> the mixture logits, and per channel c its location, log-scale and c coefficients, each (N, J, H, W).
 
         Raises:
             ValueError: If no C has so many params.

@@ -103,7 +103,7 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    """How many of K draws count, (sum of w)^2 / sum of w^2: (K, N) -> (N,), from 1 to K.
+    """How many of K draws count, (sum of w)^2 / sum of w^2: (K, N) -> (N,), from 1 to K. eq. effective-sample-size
 
     K where all weights are equal, 1 where one draw has everything. Kong, Liu and Wong 1994.
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_number, check_pixels, check_same_shape, check_seed, describe
+from vaelib._validation import check_int, check_number, check_pixels, check_same_shape, check_seed, describe
 from vaelib.objectives import ElboTerms, gaussian_kl
 
 
@@ -69,6 +69,81 @@ class LinearGaussian:
         p = torch.distributions.MultivariateNormal(truth.mean, truth.covariance.expand(len(x), -1, -1))
         return torch.distributions.kl_divergence(q, p)
 
+    def exact_elbo(self, x: Tensor) -> ElboTerms:
+        """The ELBO of q = p(z given x), which is log p(x), in its two terms: (N,), nats. eq. two-terms
+
+        A diagonal q reaches it where the columns of the weight are orthogonal, as those of `probabilistic_pca` are.
+        """
+        mean, covariance = self.posterior(x)
+        error = ((x - mean @ self.weight.T - self.bias) ** 2).sum(1) + (self.weight.T @ self.weight * covariance).sum()
+        log_likelihood = -0.5 * error / self.scale**2 - 0.5 * self.num_dims * math.log(2 * math.pi * self.scale**2)
+        kl = 0.5 * ((mean**2).sum(1) + covariance.trace() - self.latent_dim - covariance.logdet())
+        return ElboTerms(log_likelihood, kl)
+
+
+class PrincipalComponents(NamedTuple):
+    """Mean (D,) of some data, eigenvalues (D,) of its covariance, the largest first, and their directions (D, D), one a column."""
+
+    mean: Tensor
+    eigenvalues: Tensor
+    directions: Tensor
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log of the Gaussian density with this mean and covariance: (N, D) -> (N,), nats."""
+        whitened = (x - self.mean) @ self.directions / self.eigenvalues.sqrt()
+        return -0.5 * ((whitened**2).sum(1) + self.eigenvalues.log().sum() + len(self.mean) * math.log(2 * math.pi))
+
+
+def principal_components(mean: Tensor, covariance: Tensor) -> PrincipalComponents:
+    """Those of data with this mean (D,) and covariance (D, D)."""
+    if covariance.shape != (*mean.shape, *mean.shape) or mean.dim() != 1:
+        raise ValueError(f"mean, covariance: got {describe(mean)} and {describe(covariance)}, expected shapes (D,) and (D, D)")
+    eigenvalues, directions = torch.linalg.eigh(covariance)
+    return PrincipalComponents(mean, eigenvalues.flip(0), directions.flip(1))
+
+
+def probabilistic_pca(components: PrincipalComponents, latent_dim: int, scale: float | None = None) -> LinearGaussian:
+    """The linear-Gaussian model that gives data with these components the highest likelihood. eq. probabilistic-pca
+
+    Without a scale its square is the mean of the eigenvalues left out. With one, a column of the weight is zero where its eigenvalue
+    is at most scale**2: that unit is silent (Tipping and Bishop 1999; Lucas, Tucker, Grosse and Norouzi 2019).
+
+    Args:
+        components: of the data, see `principal_components`.
+        latent_dim: L, below D.
+        scale: standard deviation of x given z, where it is not to be fitted.
+    """
+    mean, eigenvalues, directions = components
+    if check_int("latent_dim", latent_dim) >= len(mean):
+        raise ValueError(f"latent_dim: got {latent_dim}, expected fewer than the {len(mean)} dimensions of x")
+    if scale is None:
+        scale = eigenvalues[latent_dim:].mean().sqrt().item()
+    signal = (eigenvalues[:latent_dim] - check_number("scale", scale, exclusive=True) ** 2).clamp(min=0)
+    return LinearGaussian(directions[:, :latent_dim] * signal.sqrt(), mean, scale)
+
+
+def linear_rate(eigenvalues: Tensor, scale: float) -> Tensor:
+    """The mean KL of each latent unit of `probabilistic_pca` at this scale, 0 for a silent one: nats. eq. linear-rate
+
+    A VAE with a linear decoder and a Gaussian likelihood of fixed scale ends there (Lucas, Tucker, Grosse and Norouzi 2019).
+    """
+    return 0.5 * (eigenvalues / check_number("scale", scale, exclusive=True) ** 2).clamp(min=1).log()
+
+
+def dequantized(pixels: Tensor, seed: int = 0) -> Tensor:
+    """Pixels plus uniform noise in [0, 1), flat: ``uint8`` (N, C, H, W) -> float64 (N, D), on the CPU. eq. dequantization"""
+    x = check_pixels("pixels", pixels).cpu().flatten(1)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
+    return x + torch.rand(x.shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def pixel_moments(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of `dequantized` pixels, float64; the noise enters by its mean 1/2 and its variance 1/12."""
+    x = check_pixels("pixels", pixels).cpu().flatten(1).double() + 0.5
+    mean = x.mean(0)
+    x -= mean
+    return mean, x.T @ x / len(x) + torch.eye(len(mean), dtype=x.dtype, device=x.device) / 12
+
 
 def gaussian_pixels_log_prob(train: Tensor, test: Tensor, seed: int = 0) -> Tensor:
     """A bound on log P(pixels) under one Gaussian with full covariance, fitted to training pixels: (N,), nats, on the CPU.
@@ -85,14 +160,5 @@ def gaussian_pixels_log_prob(train: Tensor, test: Tensor, seed: int = 0) -> Tens
         ValueError: If the images differ in shape.
     """
     check_pixels("train", train)
-    test = check_pixels("test", test, train.shape[1:]).cpu()
-    x = train.cpu().flatten(1).double() + 0.5
-    mean = x.mean(0)
-    x -= mean
-    dim = len(mean)
-    covariance = x.T @ x / len(x) + torch.eye(dim, dtype=x.dtype, device=x.device) / 12  # of pixels + u
-    factor = torch.linalg.cholesky(covariance)
-    u = torch.rand(len(test), dim, generator=torch.Generator().manual_seed(check_seed("seed", seed)), dtype=x.dtype, device="cpu")
-    whitened = torch.linalg.solve_triangular(factor, (test.flatten(1) + u - mean).T, upper=False)
-    log_density: Tensor = -0.5 * (whitened**2).sum(0) - factor.diagonal().log().sum() - 0.5 * dim * math.log(2 * math.pi)
-    return log_density
+    x = dequantized(check_pixels("test", test, train.shape[1:]), seed)
+    return principal_components(*pixel_moments(train)).log_prob(x)

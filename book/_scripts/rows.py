@@ -1,17 +1,28 @@
 """Train and score the rows of the CIFAR-10 tables: `python book/_scripts/rows.py [name ...]`, all that are missing by default.
 
 Each row is a `vaelib train` with the seed 0, then a `vaelib evaluate`, each in a process of its own; runs/rows/<name> keeps the
-model, so that a run that was cut off goes on where it stood. The record goes to results/cifar-rows.json: command, commit,
-versions, hardware, seconds and the scores on the test set.
+model, so that a run that was cut off goes on where it stood. The rows ppca-L need no training: probabilistic PCA with L latents, in
+closed form. The rows linear-1.seed-S are VAEs with linear networks and a Gaussian of scale 1. The record goes to
+results/cifar-rows.json: command, commit, versions, hardware, seconds and the scores on the test set.
 """
 
 import argparse
+import functools
 import json
+import math
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
+
+import vaelib as library
+from vaelib import oracles
+from vaelib.evaluation import standard_error
+from vaelib.ledger import entry
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "cifar-rows.json"
@@ -39,6 +50,56 @@ ROWS["hierarchical-small"] = (
 # layouts of the latents, the same short training for each
 for layout in ("16", "128", "512", "4x4x4", "16x4x4", "4x8x8", "16x8x8", "64x8x8", "16x16x16"):
     ROWS[f"layout-{layout}"] = f"{CONV} --epochs 3 --latent-dim {layout}"
+PPCA = {f"ppca-{latents}": latents for latents in (16, 32, 64, 128, 256, 512, 1024, 2048, 3071)}
+LINEAR = {f"linear-1.seed-{seed}": seed for seed in range(3)}
+
+
+@functools.cache
+def components_of(data):
+    """The principal components of the chapter's training images, and the seconds that they took."""
+    started = time.perf_counter()
+    moments = oracles.pixel_moments(chapter_split(data)[0].pixels)
+    return oracles.principal_components(*moments), time.perf_counter() - started
+
+
+@functools.cache
+def chapter_split(data):
+    """Training and validation images of the chapter, and the test images."""
+    images = library.load_images(data)
+    return *library.train_valid_split(images, len(images) // 20, seed=0), library.load_images(data, "test")
+
+
+def closed_form(name, data):
+    """The record of probabilistic PCA: a Gaussian of real numbers, held to the levels by uniform noise, as the one without latents."""
+    components, seconds = components_of(data)
+    started = time.perf_counter()
+    x = oracles.dequantized(chapter_split(data)[2].pixels)
+    model = oracles.probabilistic_pca(components, PPCA[name])
+    terms = model.exact_elbo(x)
+    elbo = terms.elbo.mean().item()
+    test = {
+        "elbo": elbo,
+        "elbo_standard_error": standard_error(terms.elbo),
+        "expected_log_likelihood": terms.log_likelihood.mean().item(),
+        "kl": terms.kl.mean().item(),
+        "bits_per_dim": -elbo / (model.num_dims * math.log(2)),
+        "num_images": len(x),
+    }
+    metrics = {"latent_dim": PPCA[name], "scale": model.scale / 127.5, "test": test}  # the scale in units of x, in [-1, 1]
+    return entry(f"python book/_scripts/rows.py {name}", 0, seconds + time.perf_counter() - started, metrics)
+
+
+def linear(name, data, epochs=6):
+    """The record of a VAE with linear encoder and decoder and a Gaussian density of scale 1: its nats by latent unit."""
+    started = time.perf_counter()
+    train, valid, test = chapter_split(data)
+    torch.manual_seed(LINEAR[name])
+    model = library.mlp_vae(train.image_shape, (), 128, {"name": "gaussian", "scale": 1.0})
+    config = library.TrainConfig(epochs=epochs, seed=LINEAR[name], progress=False)
+    history = library.fit(model, train, valid, config)
+    units = library.kl_per_unit(model, test).sort(descending=True).values.tolist()
+    metrics = {"epochs": epochs, "kl": sum(units), "kl_per_unit": units, "valid_kl": history["valid_kl"]}
+    return entry(f"python book/_scripts/rows.py {name}", LINEAR[name], time.perf_counter() - started, metrics)
 
 
 def vaelib(*arguments):
@@ -64,17 +125,20 @@ def main():
     parser.add_argument("--again", action="store_true", help="from the start, whatever there is")
     parser.add_argument("--data", default="cifar10")
     arguments = parser.parse_args()
-    unknown = set(arguments.names) - set(ROWS)
+    makers = dict.fromkeys(ROWS, run) | dict.fromkeys(PPCA, closed_form) | dict.fromkeys(LINEAR, linear)
+    unknown = set(arguments.names) - set(makers)
     if unknown:
-        sys.exit(f"names: got {', '.join(sorted(unknown))}, expected some of {', '.join(ROWS)}")
+        sys.exit(f"names: got {', '.join(sorted(unknown))}, expected some of {', '.join(makers)}")
     done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
-    for name in arguments.names or [name for name in ROWS if name not in done]:
+    for name in arguments.names or [name for name in makers if name not in done]:
         if arguments.again:
             shutil.rmtree(ROOT / "runs" / "rows" / name, ignore_errors=True)
-        record = run(name, arguments.data)
+        record = makers[name](name, arguments.data)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
         LEDGER.write_text(json.dumps(done | {name: record}, indent=2) + "\n")
-        print(f"{name:24} {record['metrics']['test']['bits_per_dim']:.3f} bits/dim, {record['seconds']:.0f} s", flush=True)
+        test = record["metrics"].get("test")
+        score = f"{test['bits_per_dim']:.3f} bits/dim" if test else f"rate {record['metrics']['kl']:.1f} nats"
+        print(f"{name:24} {score}, {record['seconds']:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

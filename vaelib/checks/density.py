@@ -15,6 +15,7 @@ from vaelib._validation import check_int, describe
 from vaelib.checks.terms import FLOORED_BY_TORCH, bernoulli, bernoulli_pixels
 from vaelib.checks.verdicts import (
     Mistakes,
+    Wrong,
     attempt,
     check_same,
     fail,
@@ -78,6 +79,7 @@ def logistic_recipe(
     log_mass: Function = stable_mass,
     lowest: bool = True,
     highest: bool = True,
+    ends: float = 1.0,
     over_pixels: Function = lambda values: values.flatten(1).sum(1),
 ) -> Tensor:
     """log of the mass of a logistic density on the bins of the levels x: (N,), nats; the arguments put mistakes into it."""
@@ -86,8 +88,8 @@ def logistic_recipe(
     per_scale, y = inverse(log_scale(s)), pixels(x) - location(m)
     a, b, width = (y - half) * per_scale, (y + half) * per_scale, 2 * half * per_scale
     result = log_mass(a, b, width)
-    result = torch.where(x < -0.999, F.logsigmoid(b), result) if lowest else result
-    result = torch.where(x > 0.999, F.logsigmoid(-a), result) if highest else result
+    result = torch.where(ends * x < -0.999, F.logsigmoid(b), result) if lowest else result
+    result = torch.where(ends * x > 0.999, F.logsigmoid(-a), result) if highest else result
     total: Tensor = over_pixels(result)
     return total
 
@@ -113,6 +115,12 @@ def first_two(params: Tensor) -> tuple[Tensor, Tensor]:
     return params[:, :1], params[:, 1:2]
 
 
+def one_scale(params: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    """All locations, and the one log-scale at a place among the log-scales."""
+    locations, log_scales = params.chunk(2, 1)
+    return locations, log_scales[:, place, None]
+
+
 def density(a: Tensor, b: Tensor, width: Tensor) -> Tensor:
     y = (a + b) / 2
     return (width / STEP).log() - y - 2 * F.softplus(-y)
@@ -128,6 +136,10 @@ LOGISTIC_MISTAKES: Mistakes = {
     "first-channels": (
         "the first two params serve all channels of a pixel; each channel has its own",
         logistic_with(layout=first_two),
+    ),
+    "one-scale": (
+        "one log-scale serves all channels of a pixel; each channel has its own",
+        *(logistic_with(layout=partial(one_scale, place=place)) for place in (0, -1)),
     ),
     "inverse-scale": (
         "the scale is exp(-log_scale): divide by exp(log_scale), or multiply by exp(-log_scale)",
@@ -163,7 +175,7 @@ LOGISTIC_MISTAKES: Mistakes = {
     ),
     "bin-width": (
         "the bins are too wide or too narrow: a level reaches 1/255 to each side",
-        *(logistic_with(half=half) for half in (2 / 255, 0.5 / 255, 0.5, 1 / 127, 1 / 128)),
+        *(logistic_with(half=half) for half in (2 / 255, 0.5 / 255, 0.5, 1 / 127, 1 / 128, 1 / 256)),
     ),
     "half-bin": (
         "the bin of a level reaches 1/255 to each side of it: here it begins or ends at the level",
@@ -184,10 +196,19 @@ LOGISTIC_MISTAKES: Mistakes = {
         logistic_with(log_mass=lambda a, b, width: F.logsigmoid(-b) + F.logsigmoid(-a) + (-torch.expm1(-width)).log()),
         logistic_with(log_mass=lambda a, b, width: F.logsigmoid(b) - F.logsigmoid(-a) + (-torch.expm1(-width)).log()),
     ),
+    "base": (
+        "the logarithm has base 2; nats are natural",
+        logistic_with(over_pixels=lambda values: values.flatten(1).sum(1) / math.log(2)),
+    ),
+    "tails-swapped": (
+        "the tails of levels 0 and 255 are exchanged: level 0 owns what lies below it",
+        logistic_with(ends=-1.0),
+    ),
     "density": (
         "this is a density, not the mass of a level",
         logistic_with(log_mass=density, lowest=False, highest=False),
         logistic_with(log_mass=density),
+        logistic_with(log_mass=lambda a, b, width: density(a, b, width) + math.log(STEP), lowest=False, highest=False),
         logistic_with(log_mass=lambda a, b, width: density(a, b, width) - width.log(), lowest=False, highest=False),
     ),
 }
@@ -206,6 +227,14 @@ def bernoulli_with(**switches: Any) -> partial[Tensor]:
 
 
 BERNOULLI_MISTAKES: Mistakes = {
+    "no-sigmoid": (
+        "the logits are taken for probabilities: the sigmoid is missing",
+        bernoulli_with(pixels=lambda x, o: -F.binary_cross_entropy(o.clamp(0, 1), x, reduction="none")),
+    ),
+    "logits-bounded": (
+        "the logits go through tanh or a clamp; take them as they are",
+        *(bernoulli_with(logits=end) for end in (torch.tanh, lambda o: o.clamp(-1, 1))),
+    ),
     "sign": ("the sign is wrong: this is a loss", bernoulli_with(sign=-1.0)),
     "sigmoid-twice": (
         "no params make the lower half of the values likely: the sigmoid is applied twice",
@@ -290,7 +319,9 @@ def check_images(likelihood: Any, values: Tensor, width: int) -> None:
     whole = scores(likelihood, x, params.flatten(1, 2))
     apart = torch.stack([scores(likelihood, x[:, c : c + 1], params[:, :, c]) for c in range(3)]).sum(0)
     if width == 2 and not same(whole, apart):
-        for name, layout in (("interleaved", interleaved), ("first-channels", first_two)):
+        layouts = [("interleaved", interleaved), ("first-channels", first_two)]
+        layouts += [("one-scale", partial(one_scale, place=place)) for place in (0, -1)]
+        for name, layout in layouts:
             parts = zip(*(part.expand(-1, 3, -1, -1).unbind(1) for part in layout(params.flatten(1, 2))), x.unbind(1), strict=True)
             if same(whole, sum(scores(likelihood, pixel[:, None], torch.stack([m, s], 1)) for m, s, pixel in parts)):  # type: ignore[arg-type]
                 fail(f"log_prob of images with three channels: {LOGISTIC_MISTAKES[name][0]}", name)
@@ -301,6 +332,20 @@ def check_sum(what: str, whole: Tensor, parts: Tensor, count: int) -> None:
     if same(whole, parts / count) and whole.isfinite().all():
         fail(f"log_prob is averaged over the {what}: add them up", f"mean-{what}")
     check_same(f"log_prob of images against the sum over their {what}", whole, parts)
+
+
+def check_both(first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Two checks in turn; where both find a mistake with a name, both names are told."""
+    found = []
+    for check in (first, second):
+        try:
+            check()
+        except Wrong as wrong:
+            found.append(wrong)
+    if len(found) == 2 and all(wrong.args[1] for wrong in found) and found[0].args[1] != found[1].args[1]:
+        fail(*(join.join(wrong.args[place] for wrong in found) for place, join in ((0, "; and "), (1, " + "))))
+    if found:
+        raise found[0]
 
 
 def check_known(likelihood: Any, levels: Tensor, width: int, low: float, high: float) -> None:
@@ -364,6 +409,16 @@ def check_floor(table: Tensor) -> None:
         )
 
 
+def check_scale_reaches_low(likelihood: Any, levels: Tensor) -> None:
+    """Fails where two log-scales far above the usual limit of -7 give the same log-probabilities."""
+    small, smaller = (
+        scores(likelihood, levels.view(-1, 1, 1, 1), torch.tensor([0.0, s]).repeat(len(levels), 1)[:, :, None, None])
+        for s in (-3.5, -4.5)
+    )
+    if same(small, smaller):
+        fail("a log-scale of -4.5 gives what one of -3.5 gives: a clamp keeps the scale from being small", "scale-bounded")
+
+
 def check_roles(table: Tensor, levels: Tensor, params: Tensor, shifted: Tensor, widened: Tensor) -> None:
     """Fails unless the first of two params moves the mean of x up, and the second its spread.
 
@@ -392,6 +447,8 @@ def check_density(likelihood: Any, low: float, high: float, width: int) -> str:
     check_images(likelihood, torch.linspace(low, high, 99), width)
     wide = torch.linspace(-8, 8, 17, dtype=torch.float64)
     params = torch.cat([torch.linspace(-1, 1, 21)[:, None], *([torch.zeros(21, 1)] * (width - 1))], 1).double()
+    if width == 2:
+        params[:, 1] = torch.linspace(-1.1, -0.1, 7).repeat(3)
     try:
         table = real_table(likelihood, wide, params)
     except Exception:  # it refuses x outside [low, high], so its whole mass must lie there
@@ -417,7 +474,11 @@ def check_density(likelihood: Any, low: float, high: float, width: int) -> str:
     if not torch.allclose(totals, torch.ones_like(totals), rtol=0, atol=1e-3):
         if totals.std() < 1e-3 * totals.mean():
             fail(f"a constant is missing; {told}", "constant")
+        if scale is not None and (totals / scale[:, 0]).std() < 1e-3 * (totals / scale[:, 0]).mean():
+            fail(f"the log of the scale is not subtracted; {told}", "no-log-scale")
         fail(told)
+    if width == 2 and scale is not None:
+        check_gaussian_scale(scale[:, 0].log(), *params.unbind(1))
     check_reaches_low(lowest_mean, torch.tensor((low + high) / 2), grey=True)
     check_slope(likelihood, grid.float()[torch.randint(99, (300,))].view(-1, 1, 1, 1), torch.randn(300, width)[:, :, None, None])
     return "log_prob is a density: it integrates to 1, adds up over pixels and channels, and its gradient is its slope"
@@ -432,12 +493,28 @@ def real_table(likelihood: Any, grid: Tensor, params: Tensor) -> Tensor:
 
 
 def gaussian_scale(table: Tensor, grid: Tensor) -> Tensor | None:
-    """The scale of the Gaussian whose log-density a table holds, from its curvature; None where it is no parabola in x."""
+    """The scales (rows, 1) of the Gaussians whose log-densities a table holds, from their curvature; None where one is no parabola."""
     curvature = -table.diff(n=2, dim=1) / (grid[1] - grid[0]).square()
-    middle = curvature.median()
-    if middle > 0 and torch.allclose(curvature, middle.expand_as(curvature), rtol=1e-3, atol=0):
+    middle = curvature.median(1, keepdim=True).values
+    if (middle > 0).all() and torch.allclose(curvature, middle.expand_as(curvature), rtol=1e-3, atol=0):
         return middle.rsqrt()
     return None
+
+
+def check_gaussian_scale(found: Tensor, first: Tensor, second: Tensor) -> None:
+    """Fails where the log of a Gaussian's scale is a wrong function of the two params that is known."""
+    wrongs = {
+        "log-variance": (second / 2, 2 * second),
+        "inverse-scale": (-second,),
+        "swapped": (first,),
+        "softplus": (F.softplus(second).log(),),
+        "no-exp": (second.abs().log(),),
+        "fixed-scale": (found.mean().expand_as(found),),
+    }
+    for name, scales in wrongs.items():
+        if any(torch.allclose(found, wrong, atol=1e-3) for wrong in scales):
+            sentence = LOGISTIC_MISTAKES[name][0] if name != "fixed-scale" else "the log-scale changes nothing: the scale is fixed"
+            fail(f"log_prob of real x: {sentence}", name)
 
 
 def check_slope(likelihood: Any, x: Tensor, params: Tensor) -> None:
@@ -467,7 +544,7 @@ def check_likelihood(likelihood: Any) -> str:
     params are tried with three channels as well. eq. discretized-logistic-log-prob, eq. bernoulli-log-prob
 
     The mistakes are in `LOGISTIC_MISTAKES` and `BERNOULLI_MISTAKES`, with "not-summed", "scalar", "mean-pixels", "mean-channels",
-    "grey-bce", "sigmoid-range", "constant", "no-location", "overflow", "floor", "detached".
+    "grey-bce", "sigmoid-range", "constant", "no-location", "no-log-scale", "scale-bounded", "overflow", "floor", "detached".
     """
     values, low, high, width = attempt("reading values, lowest, highest and params_per_value", domain, likelihood)
     if values not in (2, 256, None) or not low < high:
@@ -475,8 +552,7 @@ def check_likelihood(likelihood: Any) -> str:
     if values is None:
         return check_density(likelihood, low, high, width)
     levels = torch.linspace(low, high, values)
-    check_images(likelihood, levels, width)
-    check_known(likelihood, levels, width, low, high)
+    check_both(partial(check_images, likelihood, levels, width), partial(check_known, likelihood, levels, width, low, high))
     spread = torch.tensor([0.5, 3.0])[torch.randint(2, (300, width))]
     ordinary, extreme = spread * torch.randn(300, width), 30 * (2.0 * torch.randint(2, (300, width)) - 1)
     for name, params in (("ordinary params", ordinary), ("params of +-30", extreme)):
@@ -492,6 +568,9 @@ def check_likelihood(likelihood: Any) -> str:
                     scores(likelihood, x, params.detach() + torch.tensor(d).view(1, 2, 1, 1)) for d in ((0.3, 0.0), (0.0, 0.3))
                 ]
                 check_roles(table, levels, params, *(t.detach().view(300, values) for t in moved))
+                check_scale_reaches_low(likelihood, levels)
+        elif width == 1 and values == 2 and table.max() < math.log(0.99):
+            fail(f"no logit makes a value likelier than {table.exp().max():.3g}: the logits are bounded", "logits-bounded")
         if not log_prob.requires_grad:
             fail("log_prob has no gradient for params: detach, item, numpy or no_grad cuts it off", "detached")
         (gradient,) = gradients_of("log_prob", log_prob.sum(), [params])

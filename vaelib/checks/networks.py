@@ -21,7 +21,7 @@ ENDS = {  # of a decoder whose outputs stay in a range: name -> sentence
     "relu": "outputs are never negative, as after a ReLU, softplus or exp",
     "never-positive": "outputs are never positive, as after a log-sigmoid, a log-softmax or minus a ReLU",
     "tanh": "outputs stay between -1 and 1, as after a tanh",
-    "bounded": "outputs stay on one side of a small number, as after an ELU or a clamp",
+    "bounded": "outputs stay on one side of a small number, or near 0, as after an ELU, a clamp or a multiple of tanh",
 }
 
 
@@ -70,8 +70,8 @@ def check_encoder_decoder(
     real numbers of any size, so nothing may bound them at the decoder's end. Works on copies; the student's networks stay as they are.
 
     Mistakes: "bottleneck", "no-log-var", "new-layers", "unregistered", "same-head", "ignores-input", "ignores-latent",
-    "positive-mean", "positive-log-var", "negative-mean", "bounded-log-var", "batch-dependence", "detached", "param-channels",
-    and for what ends the decoder "softmax", "sigmoid", "relu", "never-positive", "tanh", "bounded".
+    "ignores-pixels", "positive-mean", "positive-log-var", "negative-mean", "negative-log-var", "bounded-log-var", "batch-dependence",
+    "detached", "param-channels", and for what ends the decoder "softmax", "sigmoid", "relu", "never-positive", "tanh", "bounded".
 
     Raises:
         ValueError: If image_shape, latent_dim or params_per_value is no shape or size.
@@ -115,6 +115,11 @@ def check_network(part: str, network: Any, value: Tensor, shape: tuple[int, ...]
     tries = [[tensor.detach() for tensor in outputs(what, copy, value, shape, names)] for copy in copies]
     for name, found in zip(names, zip(*tries, strict=True), strict=True):
         if all(torch.allclose(tensor, tensor[:1].expand_as(tensor), rtol=0, atol=1e-7) for tensor in found):
+            alone = [copy(value[:1]) for copy in copies]
+            alone = [one if isinstance(one, Tensor) else one[names.index(name)] for one in alone]
+            if not all(torch.allclose(one, tensor[:1], rtol=1e-4, atol=1e-5) for one, tensor in zip(alone, found, strict=True)):
+                why = "a mean over the batch makes it so"
+                fail(f"{what}: {name} is the same for all inputs of a batch, another in another batch: {why}", "batch-dependence")
             fail(f"{what}: {name} is the same for all inputs", "ignores-input")
     large = large_outputs(fresh(False), value)
     for name, small, ends in zip(names, zip(*tries, strict=True), zip(*large, strict=True), strict=True):
@@ -152,8 +157,8 @@ def check_range_of_code(what: str, name: str, low: float, high: float) -> None:
     short = name.replace("_", "-")
     if low >= 0:
         fail(f"{what}: {name} is never negative, but must be able to be: {why}", f"positive-{short}")
-    if name == "mean" and high <= 0:
-        fail(f"{what}: the mean is never positive, but must be able to be: {why}", "negative-mean")
+    if high <= 0:
+        fail(f"{what}: {name} is never positive, but must be able to be: {why}", f"negative-{short}")
     if name == "log_var" and max(-low, high) <= 1:
         fail(
             f"{what}: log_var stays between -1 and 1, but must be able to be any number: a tanh at its end takes that away",
@@ -179,7 +184,7 @@ def check_range_of_params(what: str, low: float, high: float, found: Sequence[Te
         end = "never-positive"
     elif low >= -1 and high <= 1:
         end = "tanh"
-    elif low >= -2 or high <= 2:
+    elif low >= -2 or high <= 2 or max(-low, high) <= 6:
         end = "bounded"
     else:
         return
@@ -212,6 +217,8 @@ def check_gradients(what: str, part: str, copies: Sequence[Any], value: Tensor, 
                     f"{what}: {name} depends on {key}, but its gradient does not reach it: detach or no_grad cuts it off",
                     "detached",
                 )
+        if part == "encoder" and seen.float().mean() <= 0.5:
+            fail(f"{what}: {name} depends on {seen.sum().item()} of the {seen.numel()} numbers of an image only", "ignores-pixels")
         if part == "decoder" and not seen.all():
             unseen = seen.logical_not().nonzero().flatten().tolist()
             with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vaelib.checks.verdicts import Mistakes, check_same, judge, tensor_from, verdict
+from vaelib.checks.verdicts import Mistakes, check_same, fail, judge, tensor_from, verdict
 
 Function = Callable[..., Any]
 
@@ -77,6 +77,11 @@ RETRIEVAL_MISTAKES: Mistakes = {  # q: query_codes, x: database_codes
         search_with(distance=lambda q, x: x.norm(dim=1) - 2 * q @ x.T),
         search_with(distance=lambda q, x: x.square().sum(1) + 0 * (q @ x.T)),
     ),
+    "one-unit": (
+        "the codes are compared in one unit only; the sum runs over all of them",
+        *(search_with(distance=lambda q, x, unit=unit: apart(q, x)[..., unit].abs()) for unit in (0, -1)),
+    ),
+    "one-query": ("all rows are those of the first query", search_with(output=lambda distances, found: found[:1].expand_as(found))),
     "standardized": (
         "the codes are shifted or scaled before they are compared",
         search_with(sides=lambda q, x: (q / x.std(0), x / x.std(0))),
@@ -115,7 +120,7 @@ RETRIEVAL_MISTAKES: Mistakes = {  # q: query_codes, x: database_codes
 def check_retrieval(fn: Callable[[Tensor, Tensor, int], Tensor]) -> str:
     """Judges retrieval(query_codes, database_codes, k): (Q, L) and (N, L) -> int64 indices (Q, k), nearest first.
 
-    The distance is the Euclidean one; ties may come in any order. The mistakes are in `RETRIEVAL_MISTAKES`, with "own-noise".
+    The distance is the Euclidean one; ties may come in any order. The mistakes are in `RETRIEVAL_MISTAKES`, with "own-noise" and "half".
     """
     cases: list[dict[str, Any]] = []
     for q, n, k in ((7, 30, 4), (3, 12, 2), (1, 9, 1), (5, 6, 1), (6, 6, 3)):
@@ -129,4 +134,9 @@ def check_retrieval(fn: Callable[[Tensor, Tensor, int], Tensor]) -> str:
     found = tensor_from(what, fn, queries, database, 5)
     check_same(f"{what}, sorted", found.sort(-1).values, torch.arange(5)[None])
     check_same(f"{what}, distances", database[found[0]].norm(dim=1), torch.tensor([1.0, 1.0, 1.0, 2.0, 3.0]))
+    order = torch.tensor([3, 2, 5, 1, 4, 0])
+    close = torch.tensor([1.0, 0.5]) + order.argsort()[:, None] * torch.tensor([5e-5, 0.0])
+    what = "retrieval of codes 5e-5 apart (1, 2), (6, 2), 6"
+    if not torch.equal(tensor_from(what, fn, queries, close, 6).flatten(), order):
+        fail(f"{what} gives the wrong order: the codes are rounded, as in half precision", "half")
     return praise

@@ -88,7 +88,7 @@ def of_the_elbo(*left_out: str) -> Mistakes:
     rows = {}
     for name, (sentence, *fns) in ELBO_MISTAKES.items():
         short = {"kl-added": "kl-subtracted"}.get(
-            name, name.removeprefix("kl-") if name not in ("kl-sum-batch", "kl-mean-batch") else name
+            name, name.removeprefix("kl-") if name not in ("kl-sum-batch", "kl-mean-batch", "kl-base") else name
         )
         if name not in left_out:
             told = {
@@ -111,6 +111,7 @@ CUTS = {
     "code mean": "the mean is detached in the sample z",
     "log_var": "log_var is detached: nothing teaches the encoder its variance",
     "mean": "the mean is detached: nothing teaches the encoder its mean",
+    "encoder": "what the encoder gives is detached: nothing teaches it",
 }
 TRAINING_MISTAKES: Mistakes = {
     "elbo-minimized": (
@@ -124,6 +125,7 @@ TRAINING_MISTAKES: Mistakes = {
     ),
     "step-first": ("the optimizer steps before backward: with the gradient of the call before", step_with(step_first=True)),
     "two-steps": ("the optimizer steps twice with one gradient", step_with(step=2)),
+    "backward-twice": ("the gradient is twice that of the loss: backward is called twice", step_with(backward=2.0)),
     "own-output": (
         "the target is the model's own output, so there is nothing to learn from x",
         step_with(pixels=lambda x, o: bernoulli_pixels(o.sigmoid(), o)),
@@ -149,12 +151,13 @@ TRAINING_MISTAKES: Mistakes = {
     "mean-latents": ("the KL is averaged over the latent dimensions", step_with(reduce=lambda units: units.mean(-1))),
     **of_the_elbo(
         *("loss", "own-output", "mean-batch", "mean-default", "likelihood-mean-batch", "kl-mean-batch", "kl-mean-latents", "kl-mean-all"),
-        *("likelihood-sign", "no-sigmoid", "kl-variance", "kl-std"),  # the last three are NaN at once
+        *("mean-channels", "likelihood-sign", "no-sigmoid", "kl-variance", "kl-std"),  # one channel; the last three are NaN at once
     ),
     "detached": ("a part of the graph is cut off", step_with(cut="z")),
 }  # fmt: skip
 for taken in ("overflow", "floor"):  # they show at large logits only
     TRAINING_MISTAKES[taken] = TRAINING_MISTAKES.pop(taken)
+OF_THE_LIKELIHOOD = {"pixels", "over_pixels", "likelihood", "rate", "whole"}  # switches that a KL by Monte Carlo has too
 NOISE = [name for name, (_, *fns) in TRAINING_MISTAKES.items() if any("of_the_codes" in fn.keywords for fn in fns)]
 OBJECTIVE: Mistakes = {
     name: (sentence, *elbos)
@@ -221,7 +224,12 @@ def recorded(fn: Step, model: VAE, optimizer: torch.optim.Optimizer, x: Tensor, 
         for hook in hooks:
             hook.remove()
     if isinstance(loss, bool) or not isinstance(loss, (int, float)):
-        fail(f"{what} returns {describe(loss)}, expected the loss as a float: return loss.item()")
+        name = "no-return" if loss is None else "not-a-float"
+        fail(f"{what} returns {describe(loss)}, expected the loss as a float: return loss.item()", name)
+    if not model.training:
+        fail(
+            f"{what} leaves the model in evaluation mode, where dropout and the like do not train: call model.train()", "eval-mode"
+        )
     call.loss, call.move = float(loss), (weights_of(before) - weights_of(model)) / LEARNING_RATE
     if not math.isfinite(call.loss) or not call.move.isfinite().all():
         fail(f"{what}: the loss is {call.loss:g}; it or a weight is NaN or infinite")
@@ -368,8 +376,8 @@ def sampled_kl(z: Tensor, path: bool) -> Callable[..., Tensor]:
 def terms_at(call: Call, reading: Reading, cut: str = "") -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """mean, log_var, z and logits of a call, with their graph in `call.model`, which is cut at one place."""
     mean, log_var = call.model.encoder(reading.read)
-    mean = mean.detach() if cut == "mean" else mean
-    log_var = log_var.detach() if cut == "log_var" else log_var
+    mean = mean.detach() if cut in ("mean", "encoder") else mean
+    log_var = log_var.detach() if cut in ("log_var", "encoder") else log_var
     code = (mean.detach() if cut == "code mean" else mean, log_var.detach() if cut == "code log_var" else log_var)
     plain = {key: value for key, value in reading.switches.items() if key != "noise"}
     z = sample_recipe(*code, reading.noise.nan_to_num(0.0, 0.0, 0.0), **plain)
@@ -472,8 +480,8 @@ def explained(runs: Sequence[tuple[Call, Call]], readings: Sequence[tuple[Readin
         tries: list[tuple[dict[str, Any], tuple[str, ...], str, str, float]] = []
         for keywords, found_names in dict.fromkeys([(0, optimized), (1, ())]):
             e = elbo if keywords == 0 else {}
-            kls = [kl for kl in ("closed", "sampled", "path") if "kl" not in e]
-            tries += [(e, found_names, kl, "", sign) for sign in (1.0, -1.0) for kl in kls]
+            kls = ["closed", *(kl for kl in ("sampled", "path") if e.keys() <= OF_THE_LIKELIHOOD)]
+            tries += [(e, found_names, kl, "", sign) for sign in (1.0, -1.0, 2.0) for kl in kls]
             if len(found_names) == 1:  # the same loss with another gradient
                 tries += [
                     (fn.keywords, found_names, "closed", "", 1.0) for fn in OBJECTIVE[found_names[0]][1:] if tells(fn.keywords)
@@ -483,9 +491,9 @@ def explained(runs: Sequence[tuple[Call, Call]], readings: Sequence[tuple[Readin
             held = descends(e, c, kl, sign)
             if held is not None:
                 optimized, cut = found_names, c
-                if sign < 0:
-                    names.append("elbo-minimized")
-                    notes.append(TRAINING_MISTAKES["elbo-minimized"][0])
+                if sign != 1:
+                    names.append("elbo-minimized" if sign < 0 else "backward-twice")
+                    notes.append(TRAINING_MISTAKES[names[-1]][0])
                 break
         if held is None:
             singles = ((name, fn) for name, (_, *fns) in OBJECTIVE.items() for fn in fns)

@@ -144,6 +144,7 @@ KL_MISTAKES: Mistakes = {
         kl_with(log=2.0),
     ),
     "swapped": ("mean and log_var are swapped", kl_with(swap=True)),
+    "base": ("your KL is in bits; nats are natural", kl_with(reduce=lambda units: units.sum(-1) / math.log(2))),
     "floor": ("a clamp or an added epsilon changes the value", kl_with(read=lambda s: s.clamp(-5, 5))),
 }
 
@@ -318,6 +319,10 @@ ELBO_MISTAKES: Mistakes = {  # x, m: mean, s: log_var, o: logits
         "the log-likelihood is averaged over the pixels; add it up, as the KL is over the latents",
         elbo_with(over_pixels=per_pixel),
     ),
+    "mean-channels": (
+        "the log-likelihood is averaged over the channels; add it up over them too",
+        elbo_with(over_pixels=lambda values: values.mean(1).flatten(1).sum(1)),
+    ),
     "mean-default": (
         "the log-likelihood is averaged over pixels and images, as a cross entropy is by default; add up over the pixels of each image",
         elbo_with(over_pixels=torch.mean),
@@ -338,6 +343,11 @@ ELBO_MISTAKES: Mistakes = {  # x, m: mean, s: log_var, o: logits
     ),
     "mean-batch": ("the ELBO is averaged over the batch; keep one number for each image", elbo_with(whole=torch.mean)),
     "sum-batch": ("the ELBO is added up over the batch; keep one number for each image", elbo_with(whole=torch.sum)),
+    "base": ("the ELBO is in bits; nats are natural", elbo_with(whole=lambda v: v / math.log(2))),
+    "beta": (
+        "the KL is weighted by a factor, as in a beta-VAE; the ELBO counts it once",
+        *(elbo_with(rate=beta) for beta in (0.01, 0.1, 0.25, 3.0, 4.0, 5.0, 10.0)),
+    ),
     "twice": ("the log-likelihood is counted twice", elbo_with(likelihood=2.0)),
     "half": ("the log-likelihood is halved", elbo_with(likelihood=0.5)),
     "sigmoid-twice": ("the sigmoid is applied twice", elbo_with(pixels=lambda x, o: bernoulli_pixels(x, o.sigmoid()))),
@@ -470,6 +480,13 @@ IWAE_MISTAKES: Mistakes = {  # w: log_weights
             for floor in (1e-30, 1e-12, 1e-10, 1e-8)
         ),
         bound_with(pool=lambda w, axis: (w - w.max()).exp().sum(axis).log() + w.max()),
+    ),
+    "floor": (
+        "a clamp of the log-weights changes the bound: use torch.logsumexp, which needs none",
+        *(
+            bound_with(pool=lambda w, axis, limit=limit: w.clamp(-limit, limit).logsumexp(axis))
+            for limit in (10, 20, 30, 50, 80, 88, 100, 500, 700)
+        ),
     ),
     "max": ("this is the largest log-weight", without_log_k(lambda w, axis: w.amax(axis))),
     "min": ("this is the smallest log-weight", without_log_k(lambda w, axis: w.amin(axis))),

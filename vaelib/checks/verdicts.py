@@ -225,4 +225,5 @@ def check_gradient(
         if got is not None and not got.isfinite().all():
             fail(f"{what}: the value is right, but the gradient for {key} is NaN or infinite", "overflow")
         if strict and not torch.allclose(got, expected, rtol=1e-3, atol=1e-4):
-            fail(f"{what}: the value is right, but the gradient for {key} is not: something is detached, or computed with no graph")
+            why = "something is detached, or computed with no graph"
+            fail(f"{what}: the value is right, but the gradient for {key} is not: {why}", "detached")
