@@ -4,6 +4,8 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Small models run faster on one thread than on two that spin.
 ONE_THREAD := OMP_NUM_THREADS=1
+# The tests of a file stay together: they share what the file sets up.
+EVERY_CORE := --numprocesses auto --dist loadfile
 # The numbered part of the contents; `make execute CHAPTERS=book/elbo.ipynb` takes one.
 CHAPTERS := $(shell sed -n '/numbered: true/,/caption:/s|.*file: \(.*\)|book/\1.ipynb|p' book/_toc.yml)
 CHAPTERS_STRICT := $(filter book/elbo.ipynb,$(CHAPTERS))
@@ -48,7 +50,7 @@ $(READY): pyproject.toml constraints.txt
 test: test-unit test-notebooks
 
 test-unit: $(READY)
-	$(ONE_THREAD) $(BIN)/python -m pytest tests -m "not real_data"
+	$(ONE_THREAD) $(BIN)/python -m pytest tests -m "not real_data" $(EVERY_CORE)
 
 test-notebooks: $(READY)
 	$(if $(CHAPTERS_STRICT),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
