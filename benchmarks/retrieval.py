@@ -24,7 +24,7 @@ import torch
 
 import vaelib
 from vaelib.ledger import hardware, record
-from vaelib.retrieval import LatentIndex, by_code, extended, nearest_neighbours
+from vaelib.retrieval import LatentIndex, extended, nearest_neighbours
 from vaelib.vae import Posterior
 
 LATENTS, K, QUERIES, COMPONENTS = 64, 10, 1000, 1000
@@ -94,8 +94,7 @@ def methods(size, rounds):
     result = {"exact": {"queries_per_second": round(exact_rate)}}
     for method, efforts in EFFORTS.items():
         start = time.perf_counter()
-        distinct = by_code(codes)
-        structure = extended(None, method, codes[distinct[0][distinct[1]]])
+        structure, distinct = extended(None, method, codes)
         rows = {"build_seconds": round(time.perf_counter() - start, 1), "efforts": {}}
         index = LatentIndex(model, posterior, labels, (), (), {}, method, "", structure, distinct)
         for effort in efforts:

@@ -1,26 +1,17 @@
 """What the chapter on mistakes says of its rows: damage beyond chance, a refined q, a collapse that is one."""
 
-import importlib.util
 import json
 import re
-from pathlib import Path
 
 import nbformat
 import pytest
+from test_book import ROOT, load_script
 
-ROOT = Path(__file__).resolve().parents[1]
 METRICS = json.loads((ROOT / "results" / "mistakes.json").read_text())["metrics"]
 LEDGER = ROOT / "results" / "mistakes-rows.json"  # other seeds, where they were run
 SEEDS = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
 TRAINED = {key: row for key, row in METRICS["rows"].items() if row["rate"] is not None}
 EVERY_SEED = {"0": METRICS} | {seed: record["metrics"] for seed, record in SEEDS.items()}
-
-
-def script():
-    spec = importlib.util.spec_from_file_location("mistakes_rows", ROOT / "book" / "_scripts" / "mistakes_rows.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_trained_row_is_judged_with_a_refined_q_too():
@@ -68,7 +59,7 @@ def test_no_score_of_the_chapter_stands_on_a_prefix_of_a_set():
 
 
 def test_the_script_runs_the_chapters_own_cells_with_another_seed():
-    cells = list(script().training_cells())
+    cells = list(load_script("mistakes_rows").training_cells())
     assert sum("SEED = 0" in source for source in cells) == 1
     code = "\n".join(cells)
     for key in ("noise-variance", "twice", "mean-latents", "one-noise"):

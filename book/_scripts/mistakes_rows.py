@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 
 from vaelib.ledger import entry
+from vaelib.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "mistakes-rows.json"
@@ -55,7 +56,7 @@ def main():
         metrics = {"rows": rows, "progress": names["progress"], "collapse": names["collapse"]}
         record = entry(f"python book/_scripts/mistakes_rows.py {seed}", seed, time.perf_counter() - start, metrics)
         done = json.loads(ledger.read_text()) if ledger.exists() else {}
-        ledger.write_text(json.dumps(dict(sorted((done | {str(seed): record}).items())), indent=2) + "\n")
+        write_text(ledger, json.dumps(dict(sorted((done | {str(seed): record}).items())), indent=2) + "\n")
         print(f"seed {seed}: {len(rows)} rows, {record['seconds']:.0f} s", flush=True)
 
 
