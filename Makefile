@@ -70,7 +70,7 @@ slides: $(READY)
 	$(BIN)/python book/_scripts/slides.py
 
 test-book: $(READY)
-	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py
+	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py --numprocesses auto --dist worksteal
 
 test-devices: $(READY)
 	VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python tests/emulated_device.py $(CHAPTERS)

@@ -94,9 +94,9 @@ def methods(size, rounds):
     result = {"exact": {"queries_per_second": round(exact_rate)}}
     for method, efforts in EFFORTS.items():
         start = time.perf_counter()
-        structure = extended(None, method, codes)
+        structure, distinct = extended(None, method, codes)
         rows = {"build_seconds": round(time.perf_counter() - start, 1), "efforts": {}}
-        index = LatentIndex(model, posterior, labels, (), (), {}, method, "", structure)
+        index = LatentIndex(model, posterior, labels, (), (), {}, method, "", structure, distinct)
         for effort in efforts:
             found, rate = measured(index, effort)
             recall = (found[:, :, None] == truth[:, None]).any(2).double().mean().item()

@@ -438,10 +438,7 @@ class LatentIndex:
         device = self.codes.mean.device
         codes = Posterior(*(torch.cat([old, part.to(device)]) for old, part in zip(self.codes, new, strict=True)))
         if self.method != "exact":
-            mean = codes.mean.cpu()
-            self.rows = by_code(mean)
-            first = self.rows[0][self.rows[1]]
-            self.structure = extended(self.structure, self.method, mean[first[first >= len(self)]])
+            self.structure, self.rows = extended(self.structure, self.method, codes.mean.cpu(), len(self))
         self.source = {} if len(self) else self.source
         self.codes = codes
         self.labels, self.names = torch.cat([self.labels, labels]), (*self.names, *names)
@@ -612,12 +609,16 @@ def by_code(codes: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows), torch.from_numpy(np.flatnonzero(np.isin(rows, first)))
 
 
-def extended(structure: Any, method: str, mean: Tensor) -> Any:
-    """FAISS's structure with the codes (N, L) added, all distinct; a new one, trained on them, where there is none.
+def extended(structure: Any, method: str, codes: Tensor, known: int = 0) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """FAISS's structure over the distinct ones of the codes (N, L), and which rows have each, see `by_code`.
 
-    HNSW: 32 links, efConstruction 100 (Malkov and Yashunin 2020). IVF-PQ: 4 sqrt(N) lists, one byte for four latents or more
+    A structure that is there has those of the first `known` codes, and the others are added; without one it is made, and trained on
+    all. HNSW: 32 links, efConstruction 100 (Malkov and Yashunin 2020). IVF-PQ: 4 sqrt(N) lists, one byte for four latents or more
     (Jegou, Douze and Schmid 2011).
     """
+    rows = by_code(codes)
+    first = rows[0][rows[1]]
+    mean = codes[first[first >= known]]
     count, width = mean.shape
     if structure is None and method == "hnsw":
         structure = faiss().IndexHNSWFlat(width, 32)
@@ -631,4 +632,4 @@ def extended(structure: Any, method: str, mean: Tensor) -> Any:
         structure.pq.cp.niter, structure.pq.cp.max_points_per_centroid = 10, 64  # a tenth of the usual time
         structure.train(mean.numpy())
     structure.add(mean.numpy())
-    return structure
+    return structure, rows

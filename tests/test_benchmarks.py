@@ -1,0 +1,23 @@
+"""The benchmarks still run with the library that they measure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_search_benchmark_runs_and_compares_like_with_like():
+    pytest.importorskip("faiss", reason="the approximate methods are FAISS's: pip install faiss-cpu")
+    command = [sys.executable, "benchmarks/retrieval.py", "--size", "3000", "--rounds", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    metrics = json.loads(done.stdout)["metrics"]
+    rates = metrics["flat"]["queries_per_second"]
+    assert set(rates) == {f"{who}, {size} a call" for who in ("vaelib", "faiss flat") for size in (1000, 100)}
+    assert metrics["flat"]["same_neighbours"] > 0.999
+    for method in ("hnsw", "ivf_pq"):
+        efforts = metrics["methods"][method]["efforts"].values()
+        assert max(row["recall_at_10"] for row in efforts) > 0.9
