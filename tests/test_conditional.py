@@ -79,7 +79,7 @@ def test_the_elbo_given_labels_is_that_of_networks_that_see_the_one_hot_label(mo
     terms = bound.elbo(x, 3, eps)
     torch.testing.assert_close(terms.log_likelihood, score.mean(0))
     torch.testing.assert_close(terms.kl, kl)
-    torch.testing.assert_close(model(x, eps, labels).elbo, terms.elbo)
+    torch.testing.assert_close(model(x, eps, labels=labels).elbo, terms.elbo)
     torch.testing.assert_close(bound.encode(x).mean, q.mean)
     z = q.mean + q.stddev * eps
     prior = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(2)
@@ -115,10 +115,13 @@ def test_given_shares_the_weights_and_leaves_the_model_unbound(model, digits):
     bound.elbo(x).elbo.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert [id(p) for p in bound.parameters()] == [id(p) for p in model.parameters()]
-    assert model.needs_labels
-    assert not bound.needs_labels
+    bound.likelihood = vaelib.Gaussian()
+    bound.eval()
+    assert model.likelihood.config["name"] == "bernoulli"  # it is another object
+    assert not any(module.training for network in (model.encoder, model.decoder) for module in network.modules())
+    model.train()
+    assert all(module.training for module in bound.modules() if isinstance(module, torch.nn.Linear))
     assert model.config["num_classes"] == 10
-    assert list(bound.state_dict()) == list(model.state_dict())
     with pytest.raises(ValueError, match="model: got a VAE without a config"):
         vaelib.save(bound, "never-written")  # it would come back without its label
 

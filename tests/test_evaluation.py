@@ -228,5 +228,5 @@ def test_codes_that_tell_nothing_have_no_mutual_information_and_codes_apart_have
 
 def test_a_learned_prior_has_no_such_decomposition():
     model = vaelib.hierarchical_vae((1, 8, 8), ((2, 1), (2, 1)), width=8, bottleneck=4, blocks=1, likelihood="bernoulli")
-    with pytest.raises(ValueError, match="model: got one with a learned prior"):
+    with pytest.raises(ValueError, match="model: got a model with several layers of latents"):
         rate_decomposition(model, torch.zeros(3, 1, 8, 8, dtype=torch.uint8))

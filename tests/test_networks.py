@@ -212,7 +212,7 @@ def test_the_first_loss_is_that_of_a_vague_guess(likelihood):
 def test_a_hierarchy_starts_with_the_standard_normal_as_its_prior(generator):
     model = hierarchical_vae((3, 8, 8), **SMALL)
     eps = torch.randn(4, model.latent_dim, generator=generator)
-    assert torch.equal(model.sample_prior(eps), eps)
+    assert torch.equal(model.prior.from_noise(eps), eps)
 
 
 def test_the_log_variances_stay_where_the_kl_is_finite():
@@ -248,15 +248,14 @@ def test_several_samples_are_the_mean_of_single_ones_and_images_stay_apart(model
 def test_the_likelihood_of_the_elbo_is_that_of_the_decoded_z(model, generator):
     x = some_x(model, 3)
     eps = torch.randn(2, 3, model.latent_dim, generator=generator)
-    z, posterior, prior = model.infer(x, 2, eps, None, True)
+    drawn = model.draw(x, 2, eps)
+    z, posterior = drawn.z, drawn.q
     assert z.shape == eps.shape
-    assert posterior.mean.expand_as(z).shape == (prior or posterior).log_var.expand_as(z).shape
     torch.testing.assert_close(posterior.mean + (posterior.log_var / 2).exp() * eps, z)
     decoded = [model.likelihood.log_prob(x, model.decode(z[k])) for k in range(2)]
     torch.testing.assert_close(model.elbo(x, 2, eps).log_likelihood, torch.stack(decoded).mean(0))
-    if prior is not None:
-        expected = torch.stack(decoded) + gaussian_log_density(z, *prior) - gaussian_log_density(z, *posterior)
-        torch.testing.assert_close(model.log_weights(x, 2, eps), expected)
+    expected = torch.stack(decoded) + model.prior.log_prob(z) - gaussian_log_density(z, *(part.expand_as(z) for part in posterior))
+    torch.testing.assert_close(model.log_weights(x, 2, eps), expected)
 
 
 @pytest.mark.equation("hierarchical-kl")
@@ -264,7 +263,7 @@ def test_the_closed_form_kl_of_a_hierarchy_is_the_mean_of_log_q_minus_log_p(hier
     x, count = some_x(hierarchical, 2), 1000
     with torch.no_grad():
         eps = torch.randn(count, 2, hierarchical.latent_dim, generator=generator)
-        z, posterior, prior = hierarchical.infer(x, count, eps, None, True)
+        z, _, posterior, prior, _ = hierarchical.draw(x, count, eps)
         sampled = gaussian_log_density(z, *posterior) - gaussian_log_density(z, *prior)
         kl = vaelib.gaussian_kl(posterior.mean, posterior.log_var, *prior)  # given the latents above, so it varies with the sample
         terms = hierarchical.elbo(x, count, eps)
@@ -317,19 +316,19 @@ def test_the_weights_of_all_images_average_to_probabilities_that_sum_to_one(imag
 
 def test_latents_are_drawn_from_the_top_down(hierarchical, generator):
     eps = torch.randn(2, hierarchical.latent_dim, generator=generator)
-    z = hierarchical.sample_prior(eps)
-    assert torch.equal(hierarchical.sample_prior(eps), z)
+    z = hierarchical.prior.from_noise(eps)
+    assert torch.equal(hierarchical.prior.from_noise(eps), z)
     assert torch.equal(hierarchical.decode(z), hierarchical.decode(z))
     bounds = [0, *torch.tensor([math.prod(shape) for shape in hierarchical.latent_shapes]).cumsum(0).tolist()]
     for group, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
         other = eps.clone()
         other[:, start:end] += 1
-        changed = hierarchical.sample_prior(other) != z
+        changed = hierarchical.prior.from_noise(other) != z
         assert not changed[:, :start].any()
         assert changed[:, start:end].all()
         if group < len(bounds) - 2:
             assert changed[:, end:].any()
-        assert not torch.equal(hierarchical.decode(hierarchical.sample_prior(other)), hierarchical.decode(z))
+        assert not torch.equal(hierarchical.decode(hierarchical.prior.from_noise(other)), hierarchical.decode(z))
 
 
 def test_the_prior_s_branch_moves_the_state_beside_z(hierarchical):
@@ -349,7 +348,7 @@ def test_the_same_noise_gives_the_prior_when_the_posterior_is_made_equal_to_it(h
             torch.nn.init.zeros_(branch[-1].weight)
             torch.nn.init.zeros_(branch[-1].bias)
     x, eps = some_x(hierarchical, 3), torch.randn(1, 3, hierarchical.latent_dim, generator=generator)
-    assert torch.equal(hierarchical.infer(x, 1, eps, None, True)[0][0], hierarchical.sample_prior(eps[0]))
+    assert torch.equal(hierarchical.draw(x, 1, eps).z[0], hierarchical.prior.from_noise(eps[0]))
     assert hierarchical.elbo(x, 1, eps).kl.abs().max() == 0
 
 
@@ -449,7 +448,7 @@ def test_float64_stays_float64(model, generator):
     for mine, other in zip(terms, single, strict=True):
         assert mine.dtype == torch.float64
         torch.testing.assert_close(other.double(), mine, rtol=1e-4, atol=1e-4)
-    assert model.sample_prior(eps[0]).dtype == model.decode(eps[0]).dtype == torch.float64
+    assert model.prior.from_noise(eps[0]).dtype == model.decode(eps[0]).dtype == torch.float64
 
 
 def test_under_autocast_the_terms_are_float32_and_near_those_of_float32(model, generator):
@@ -457,9 +456,11 @@ def test_under_autocast_the_terms_are_float32_and_near_those_of_float32(model, g
     exact = model.elbo(x, 2, eps)
     with torch.autocast("cpu", torch.bfloat16):
         terms = model.elbo(x, 2, eps)
-        assert model.encode(x).mean.dtype == model.decode(eps[0]).dtype == model.sample_prior(eps[0]).dtype == torch.float32
-        z, posterior, prior = model.infer(x, 2, eps, None, True)
-    assert {values.dtype for values in (*terms, z, *posterior, *(prior or ()))} == {torch.float32}
+        assert model.encode(x).mean.dtype == model.decode(eps[0]).dtype == model.prior.from_noise(eps[0]).dtype == torch.float32
+        drawn = model.draw(x, 2, eps)
+        assert drawn.log_weights.dtype == torch.float32
+    z, posterior = drawn.z, drawn.q
+    assert {values.dtype for values in (*terms, z, *posterior)} == {torch.float32}
     torch.testing.assert_close(posterior.mean + (posterior.log_var / 2).exp() * eps, z)
     assert not torch.equal(terms.elbo, exact.elbo)
     for mine, other in ((terms.elbo, exact.elbo), (terms.kl, exact.kl)):

@@ -66,7 +66,7 @@ def test_posterior_samples_of_a_hierarchical_model_come_down_its_groups(digits):
     z = posterior_samples(model, digits.pixels[:5])
     x, keys = next(vaelib.vae.observations(model, digits.pixels[:5], 5, 0))
     eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
-    assert torch.equal(z, model.infer(x, 1, eps, None, True)[0][0])
+    assert torch.equal(z, model.draw(x, 1, eps).z[0])
     assert posterior_samples(model, digits.pixels[:5], batch_size=2).shape == (5, model.latent_dim)
 
 
@@ -95,7 +95,7 @@ def test_draws_of_a_mixture_have_its_moments_and_temperature_scales_its_componen
     roots = torch.randn(3, 2, 2, generator=generator).tril()
     prior = MixturePrior(torch.tensor([0.2, 0.5, 0.3]), 2 * torch.randn(3, 2, generator=generator), roots)
     for temperature in (1.0, 0.5):
-        z = prior.sample(40000, temperature, generator).double()
+        z = prior.sample(40000, generator, temperature).double()
         within = torch.einsum("k,kij,klj->il", prior.weights, roots, roots).double()
         mean = (prior.weights[:, None] * prior.means).sum(0).double()
         off = prior.means - mean
@@ -104,7 +104,7 @@ def test_draws_of_a_mixture_have_its_moments_and_temperature_scales_its_componen
         assert ((z.mean(0) - mean).abs() < error).all()
         product = (z - mean)[:, :, None] * (z - mean)[:, None, :]
         assert ((product.mean(0) - covariance).abs() < 4 * product.std(0) / math.sqrt(40000)).all()
-    cold = prior.sample(50, 0.0, generator)
+    cold = prior.sample(50, generator, 0.0)
     assert torch.cdist(cold, prior.means).amin(1).max() == 0
 
 
@@ -136,7 +136,7 @@ def test_both_fitted_priors_lie_nearer_to_codes_of_unseen_images_than_the_standa
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_sample_i_of_a_fitted_prior_is_the_same_whatever_the_number_of_samples(trained, priors, place):
-    draws = {num: priors[place].sample(num, 0.9, torch.Generator().manual_seed(3)) for num in (1, 3, 50)}
+    draws = {num: priors[place].sample(num, torch.Generator().manual_seed(3), 0.9) for num in (1, 3, 50)}
     for num, z in draws.items():
         torch.testing.assert_close(z, draws[50][:num], rtol=1e-5, atol=1e-5)
     few, many = (generate(trained, num, seed=0, prior=priors[place]).int() for num in (4, 64))
@@ -145,16 +145,16 @@ def test_sample_i_of_a_fitted_prior_is_the_same_whatever_the_number_of_samples(t
 
 def test_temperature_zero_of_a_second_stage_gives_one_code_and_more_spreads_it(priors):
     prior = priors[1]
-    cold = prior.sample(5, 0.0)
+    cold = prior.sample(5, temperature=0.0)
     torch.testing.assert_close(cold, cold[:1].expand_as(cold))
-    spread = [prior.sample(500, t, torch.Generator().manual_seed(0)).std(0).mean() for t in (0.3, 1.0, 1.5)]
+    spread = [prior.sample(500, torch.Generator().manual_seed(0), t).std(0).mean() for t in (0.3, 1.0, 1.5)]
     assert spread == sorted(spread)
 
 
 @pytest.mark.parametrize("place", [0, 1])
 def test_generate_decodes_the_prior_s_draws_of_the_same_seed(trained, priors, place):
     prior = priors[place]
-    z = prior.sample(6, 0.8, torch.Generator().manual_seed(5))
+    z = prior.sample(6, torch.Generator().manual_seed(5), 0.8)
     expected = trained.decode(z).sigmoid().mul(255).round().to(torch.uint8)
     assert torch.equal(generate(trained, 6, 0.8, seed=5, prior=prior), expected)
     assert not torch.equal(generate(trained, 6, 0.8, seed=6, prior=prior), expected)

@@ -65,7 +65,6 @@ def test_a_model_that_needs_labels_comes_bound_to_those_of_each_chunk_and_others
     x, keys = (torch.cat(parts) for parts in zip(*vaelib.vae.observations(small_vae, images.pixels, 25, 3), strict=True))
     for model, data, bound in (
         (conditional, images, True),
-        (conditional, images.pixels, False),
         (conditional.given(3), images, False),
         (small_vae, images, False),
         (small_vae, images.pixels, False),
@@ -76,7 +75,6 @@ def test_a_model_that_needs_labels_comes_bound_to_those_of_each_chunk_and_others
         assert torch.equal(torch.cat(ks), keys)
         if bound:
             assert torch.equal(torch.cat([each.labels for each in models]), images.labels)
-            assert not any(each.needs_labels for each in models)
         else:
             assert all(each is model for each in models)
 
@@ -408,11 +406,6 @@ def test_keyed_noise_is_uniform_normal_and_uncorrelated(digits):
     for a, b in ((normal[:, :-1], normal[:, 1:]), (normal[:-1], normal[1:]), (normal, uniform - 0.5)):
         assert abs((a * b).mean() / (a.std() * b.std())) < 4 / math.sqrt(n)
     torch.testing.assert_close(noise.normal_noise(keys, (100,), noise.LATENT, start=300), normal[:, 300:].float())
-
-
-def test_the_prior_s_noise_is_checked_under_its_own_name(small_vae):
-    with pytest.raises(ValueError, match="^eps: got a float32 tensor of shape"):
-        small_vae.sample_prior(torch.zeros(2, 5))
 
 
 def test_conv_vae_has_128_latents_and_a_decoder_that_mirrors_the_encoder():

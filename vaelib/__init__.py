@@ -1,6 +1,6 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
-The modules follow the book: `data`, `likelihoods`, `objectives`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
+The modules follow the book: `data`, `likelihoods`, `objectives`, `densities`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
 `evaluation`, `reproduce`, `generation`, `priors`, `retrieval`, `quality`, `checks`, `plotting`, `widgets`, `cli`.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from vaelib.conditional import ConditionalVAE, conditional_vae
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
+from vaelib.densities import Draw, Posterior, StandardNormal, kl_divergence, register_kl, reparameterize
 from vaelib.evaluation import (
     Evaluation,
     active_units,
@@ -46,20 +47,20 @@ from vaelib.objectives import (
 from vaelib.retrieval import LatentIndex, Neighbours, nearest_neighbours
 from vaelib.storage import load, save
 from vaelib.training import History, TrainConfig, fit
-from vaelib.vae import VAE, Posterior, conv_vae, heldout_elbo, mlp_vae, reparameterize
+from vaelib.vae import VAE, conv_vae, heldout_elbo, mlp_vae
 
 __version__ = "0.1.0"
 
 __all__ = [
     "VAE", "Bernoulli", "ConditionalVAE", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic",
-    "DiscretizedLogisticMixture", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE",
-    "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior", "TrainConfig",
+    "DiscretizedLogisticMixture", "Draw", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE",
+    "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior", "StandardNormal", "TrainConfig",
     "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae", "conv_vae",
     "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
     "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
-    "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_per_unit", "latent_grid", "load",
+    "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_divergence", "kl_per_unit", "latent_grid", "load",
     "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours", "plotting", "posterior_means",
-    "priors", "quality", "rate_decomposition", "reconstruct", "reparameterize", "save", "train_valid_split",
+    "priors", "quality", "rate_decomposition", "reconstruct", "register_kl", "reparameterize", "save", "train_valid_split",
     "two_layer_vae", "widgets",
 ]  # fmt: skip
 

@@ -24,10 +24,10 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def fingerprint(images: ImageSet, labels: bool = False) -> str:
-    """A hash of the pixels in their order, and of their labels where asked for: which images a run was trained on."""
+def fingerprint(images: ImageSet, model: VAE) -> str:
+    """A hash of the pixels in their order, and of their labels where the model is given them: which images a run was trained on."""
     digest = hashlib.blake2b(images.pixels.cpu().contiguous().numpy().data, digest_size=16)
-    if labels:
+    if model.given(images.known_labels) is not model:
         digest.update(images.labels.cpu().contiguous().numpy().data)
     return f"{images.name} {tuple(images.pixels.shape)} {digest.hexdigest()}"
 

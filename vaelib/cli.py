@@ -21,6 +21,7 @@ import typer
 
 from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed
 from vaelib.checkpoints import load_checkpoint, read_checkpoint
+from vaelib.conditional import ConditionalVAE
 from vaelib.data import NAMES, ImageSet, load_folder, load_images, read_image, train_valid_split
 from vaelib.distributed import join, leave
 from vaelib.evaluation import evaluate as evaluate_model
@@ -374,9 +375,9 @@ def sample(
     check_int("grid" if grid else "num_images", count, minimum=2 if between else 1)
     columns = int(grid.split("x")[1]) if grid else count if between else math.ceil(math.sqrt(count))
     model = load_run(run).to(choose_device(device))
-    if label is not None and not model.needs_labels:
+    if label is not None and not isinstance(model, ConditionalVAE):
         raise ValueError(f"label: got {label}, expected it for a conditional model only")
-    if model.needs_labels:
+    if isinstance(model, ConditionalVAE):
         if label is None:
             raise ValueError(f"label: got none, expected a class from 0 to {model.num_classes - 1}: the model is conditional")
         if prior != "standard":

@@ -59,7 +59,7 @@ class ConditionalVAE(VAE):
     def check_labels(self, labels: int | Tensor | None) -> Tensor:
         """The labels as an int64 tensor (N,); ValueError unless all are labels of this model."""
         if labels is None:
-            raise ValueError("labels: got none, expected model.given(labels), or an ImageSet with labels: the model is conditional")
+            raise ValueError("model: got a conditional VAE, expected model.given(labels), or an ImageSet with labels to work on")
         labels = plain(labels)
         single = isinstance(labels, int) and not isinstance(labels, bool)
         if not single and not (isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.dim() == 1 and len(labels)):
@@ -86,8 +86,10 @@ class BoundVAE(VAE):
     """
 
     def __init__(self, model: ConditionalVAE, labels: Tensor) -> None:
-        networks = (GivenLabels(network, labels, model.num_classes, name) for network, name in ((model.encoder, "images"), (model.decoder, "codes")))
-        super().__init__(*networks, model.likelihood, model.image_shape, model.latent_shape, prior=model.prior)
+        encoder = GivenLabels(model.encoder, labels, model.num_classes, "images")
+        decoder = GivenLabels(model.decoder, labels, model.num_classes, "codes")
+        latent = model.latent_dim if len(model.latent_shape) == 1 else model.latent_shape
+        super().__init__(encoder, decoder, model.likelihood, model.image_shape, latent, prior=model.prior)
         self.labels = labels
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vaelib import noise
 from vaelib._validation import check_int, check_same_shape
@@ -67,8 +67,8 @@ class Posterior(NamedTuple):
         return reparameterize(self.mean.expand_as(eps), self.log_var.expand_as(eps), eps)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log q(z given x): (K, N, L) -> (K, N), nats. eq. gaussian-log-density"""
-        return gaussian_log_density(z, self.mean.expand_as(z), self.log_var.expand_as(z))
+        """log q(z given x): (K, N, L) -> (K, N), nats; z, mean and log_var are broadcast. eq. gaussian-log-density"""
+        return gaussian_log_density(*torch.broadcast_tensors(z, self.mean, self.log_var))
 
     def kl(self, prior: Any, z: Tensor | None = None) -> Tensor:
         """KL(q || prior) of each image: (N,), or (K, N) at the draws `z` where there is no closed form for it, see `kl_divergence`."""
@@ -90,12 +90,10 @@ def joined(groups: list[Posterior]) -> Posterior:
     return Posterior(mean, log_var)
 
 
-class StandardNormal(nn.Module):
+class StandardNormal(NamedTuple):
     """N(0, I) over `dim` latents, the usual prior."""
 
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
+    dim: int
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p(z): (..., L) -> (...), nats. eq. gaussian-log-density"""
@@ -149,12 +147,12 @@ class Draw(NamedTuple):
         log_weights: Tensor = self.log_likelihood + self.p.log_prob(self.z) - self.q.log_prob(self.z)
         return log_weights
 
-    def gaussian(self, purpose: str) -> Posterior:
-        """q, where it is one diagonal Gaussian for each image; ValueError for any other, which names it and the `purpose`."""
+    def gaussian(self, got: str = "model: got") -> Posterior:
+        """q, where it is one diagonal Gaussian for each image; for any other a ValueError, which begins with `got` and names it."""
         if isinstance(self.q, Posterior) and self.q.mean.dim() == 2:
             return self.q
         found = "several layers of latents" if isinstance(self.q, Posterior) else f"the posterior {type(self.q).__name__}"
-        raise ValueError(f"model: got one with {found}, expected one diagonal Gaussian q(z given x) for {purpose}")
+        raise ValueError(f"{got} a model with {found}, expected one diagonal Gaussian q(z given x) for each image")
 
 
 def mean_over_draws(values: Tensor) -> Tensor:

@@ -288,7 +288,7 @@ def refine_posterior(
     check_number("learning_rate", learning_rate, exclusive=True)
     check_int("num_samples", num_samples)
     with evaluating(model):
-        start = model.draw(x, 1, x.new_zeros(1, len(x), model.latent_dim), validate=validate).gaussian("a refined one")
+        start = model.draw(x, 1, x.new_zeros(1, len(x), model.latent_dim), validate=validate).gaussian()
         keys = noise.image_keys(x.contiguous().view(torch.uint8), seed)
         q = Posterior(*(value.clone().requires_grad_() for value in start))
 
@@ -394,15 +394,25 @@ def posteriors(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, se
 
     Where the likelihood binarizes, its noise belongs to the image (`vaelib.noise`): the same image has the same code in every chunk.
     For a `HierarchicalVAE` it is q along the path of the means.
+
+    Raises:
+        ValueError: For a model whose posterior is no `Posterior`.
     """
+    mean, log_var = [], []
     with evaluating(model):
-        parts = [[part.cpu() for part in bound.encode(x)] for bound, x, _ in given_labels(model, images, batch_size, seed)]
-    return Posterior(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        for bound, x, _ in given_labels(model, images, batch_size, seed):
+            q = bound.encode(x)
+            if not isinstance(q, Posterior):
+                raise ValueError(f"model: got one with the posterior {type(q).__name__}, expected a Gaussian q(z given x)")
+            mean.append(q.mean.cpu())
+            log_var.append(q.log_var.cpu())
+    return Posterior(torch.cat(mean), torch.cat(log_var))
 
 
 def posterior_means(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
     """The posterior mean of each image: (N, latent_dim), on the CPU."""
-    return posteriors(model, images, batch_size, seed).mean
+    with evaluating(model):
+        return torch.cat([bound.encode(x).mean.cpu() for bound, x, _ in given_labels(model, images, batch_size, seed)])
 
 
 def active_units(model: VAE, images: ImageSet | Tensor, threshold: float = 0.01, batch_size: int = 1000, seed: int = 0) -> Tensor:
@@ -457,7 +467,7 @@ def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2
         for bound, x, keys in given_labels(model, images, 1000, seed):
             eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
             draw = bound.draw(x, 1, eps, validate=False)
-            q = draw.gaussian("the rate decomposition")
+            q = draw.gaussian()
             for kept, value in zip(drawn, (*q, draw.z[0], draw.p.log_prob(draw.z)[0]), strict=True):
                 kept.append(value.cpu().double())
     mean, log_var, z, log_prior = (torch.cat(kept) for kept in drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +49,8 @@ def generate(model: VAE, num_images: int, temperature: float = 1.0, seed: int | 
     prior = model.prior if prior is None else prior
     if not hasattr(prior, "sample"):
         raise ValueError(f"prior: got {describe(prior)}, expected None or an object with a method sample")
+    if temperature != 1 and "temperature" not in inspect.signature(prior.sample).parameters:
+        raise ValueError(f"temperature: got {temperature}, but the prior {type(prior).__name__} takes none, expected 1")
     with evaluating(model):
         z = prior.sample(num_images, generator=generator, **({} if temperature == 1 else {"temperature": temperature}))
     model.check_code(z, "prior")

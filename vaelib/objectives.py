@@ -141,7 +141,7 @@ def doubly_reparameterized_bound(draw: Draw) -> Tensor:
     Raises:
         ValueError: Unless q is one diagonal Gaussian for each image.
     """
-    log_weights = draw._replace(q=draw.gaussian("the objective 'dreg'").detach()).log_weights
+    log_weights = draw._replace(q=draw.gaussian("objective: got 'dreg' for").detach()).log_weights
     if draw.z.requires_grad:
         weights = log_weights.detach().softmax(0)[..., None]
         draw.z.register_hook(lambda gradient: weights * gradient)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, normalize
 
 from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed, describe
+from vaelib.conditional import ConditionalVAE
 from vaelib.data import ImageSet
 from vaelib.evaluation import posteriors
 from vaelib.storage import build, signature, writable_folder, write_tensors
@@ -395,7 +396,7 @@ class LatentIndex:
                 method or one of FAISS where that is missing, or fewer than 256 images for ``"ivf_pq"``.
         """
         check_choice("method", method, METHODS)
-        if model.needs_labels:
+        if isinstance(model, ConditionalVAE):
             raise ValueError("model: got a conditional VAE, expected one that encodes without labels")
         codes = Posterior(*torch.empty(2, 0, model.latent_dim, device="cpu"))
         index = cls(model, codes, torch.empty(0, dtype=torch.int64, device="cpu"), (), (), source or {}, method, fingerprint(model))

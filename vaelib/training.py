@@ -25,9 +25,9 @@ from vaelib._validation import as_path, check_choice, check_flag, check_int, che
 from vaelib.checkpoints import FILE, fingerprint, read_checkpoint, write_checkpoint
 from vaelib.data import ImageSet, minibatches
 from vaelib.distributed import Group, join
-from vaelib.objectives import ElboTerms, loss
+from vaelib.objectives import ElboTerms, free_bits_kl, loss
 from vaelib.storage import BROKEN, only_writer, write_text
-from vaelib.vae import VAE, heldout_elbo
+from vaelib.vae import VAE, evaluating, given_labels, heldout_elbo, labels_for
 
 # LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
 OPTIMIZERS: dict[str, Any] = {
@@ -301,13 +301,13 @@ def train_step(
     config: TrainConfig,
     group: Group,
 ) -> Tensor:
-    """One step on one global batch: its pixels and, for a model that needs them, its labels.
+    """One step on one global batch: its pixels and, where they are known, its labels.
 
     Returns:
         A row for the epoch's trace, (5,), on the device: sums of log-likelihood and KL over this process's share of the batch, the
         gradient's norm, 1 where the step was skipped, and the number of images in the share.
     """
-    pixels, *labels = batch
+    pixels, labels = batch if len(batch) == 2 else (*batch, None)
     device = pixels.device
     if config.flip:
         coin = torch.rand(len(pixels), 1, 1, 1, generator=noise, device=device) < 0.5
@@ -317,11 +317,11 @@ def train_step(
     weight = group.weight(len(x))
     if group.size > 1:
         share = group.share(len(x))
-        x, eps, labels = x[share], eps[:, share], [values[share] for values in labels]
+        x, eps, labels = x[share], eps[:, share], None if labels is None else labels[share]
     if config.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
-        terms = forward(x, eps, *labels, objective=config.objective)
+        terms = forward(x, eps, config.objective, labels)
     objective = terms
     if config.free_bits and group.size > 1:
         objective = with_global_kl(terms, weight, group)
@@ -465,12 +465,14 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
             raise ValueError(f"{name}: got {describe(these)}, expected an ImageSet")
         if these.image_shape != model.image_shape:
             raise ValueError(f"{name}: got images of shape {these.image_shape}, expected {model.image_shape} as the model has")
-        model.given(these.known_labels)
+        labels_for(model, name, these)
     if config.batch_size > len(images):
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the {len(images)} images of the set")
-    if config.objective == "dreg":  # it asks for one Gaussian per image: tried on one, before any work
-        few = images[:1]
-        few.pixels = few.pixels
+    if config.objective == "dreg" or config.free_bits:  # they ask for more than any q and prior has: tried on one image, before any work
+        with evaluating(model):
+            for bound, x, _ in given_labels(model, images[:1], 1, config.seed):
+                drawn = bound.draw(x, 1, x.new_zeros(1, 1, model.latent_dim), validate=False)
+                drawn.gaussian("objective: got 'dreg' for") if config.objective == "dreg" else free_bits_kl(drawn.terms, config.free_bits)
     if config.patience is not None and valid is None:
         raise ValueError("patience: got a number, but there is no validation set to judge by; expected valid as well")
 
@@ -580,8 +582,8 @@ def _fit(
     """What `fit` does once its arguments are found good and the folder is this run's alone."""
     identity = {} if folder is None else {
         "model": model.config or repr(model),
-        "images": fingerprint(images, model.needs_labels),
-        "valid": None if valid is None else fingerprint(valid, model.needs_labels),
+        "images": fingerprint(images, model),
+        "valid": None if valid is None else fingerprint(valid, model),
         "config": {key: value for key, value in config.as_dict().items() if key not in FREE_ON_RESUME},
     }  # fmt: skip
 
@@ -600,7 +602,7 @@ def _fit(
         forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if config.compile:
         forward = torch.compile(forward, mode=None if config.compile is True else config.compile)
-    of_batch = ("pixels", "labels") if model.needs_labels else ("pixels",)
+    of_batch = ("pixels", "labels") if images.labelled else ("pixels",)
     steps_per_epoch = math.ceil(len(images) / config.batch_size)
     run = Run(
         model=model,

@@ -226,15 +226,28 @@ def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iter
         yield model.likelihood.observe(chunk, uniform=uniform), keys
 
 
+def labels_for(model: VAE, argument: str, images: ImageSet) -> Tensor | None:
+    """The labels of a set for `VAE.given`, None where nobody gave any; ValueError where the model needs them, or knows others."""
+    try:
+        model.given(images.known_labels)
+    except ValueError as error:
+        if images.labelled:
+            raise
+        expected = "expected labels, or model.given(label): the model is conditional"
+        raise ValueError(f"{argument}: got {images.name!r} without labels, {expected}") from error
+    return images.known_labels
+
+
 def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: int) -> Iterator[tuple[VAE, Tensor, Tensor]]:
     """Chunks of (model, x, keys), see `observations`; the model is the one for the labels of the chunk, see `VAE.given`.
 
     Args:
         images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), which have no labels.
     """
-    pixels, labels = (images.pixels, images.known_labels) if isinstance(images, ImageSet) else (images, None)
-    model.given(labels)
-    if isinstance(images, Tensor):
+    if isinstance(images, ImageSet):
+        pixels, labels = images.pixels, labels_for(model, "images", images)
+    else:
+        pixels, labels = images, None
         warn_of_scale("pixels", check_pixels("pixels", pixels, model.image_shape))
     start = 0
     for x, keys in observations(model, pixels, batch_size, seed):
