@@ -86,7 +86,7 @@ def test_log_evidence_is_the_integral_of_likelihood_times_prior(oracle, x):
 def test_posterior_is_the_joint_divided_by_the_evidence(oracle, x, generator):
     truth = oracle.posterior(x)
     z = torch.randn(COUNT, LATENT, generator=generator, dtype=torch.float64)
-    joint = vae_with(oracle, z, torch.zeros_like(z))._log_likelihood(as_images(x), z[None])[0]
+    joint = vae_with(oracle, z, torch.zeros_like(z)).log_likelihood(as_images(x), z[None])[0]
     joint = joint + torch.distributions.Normal(0, 1).log_prob(z).sum(1)
     density = torch.distributions.MultivariateNormal(truth.mean, truth.covariance).log_prob(z)
     torch.testing.assert_close(density, joint - oracle.log_evidence(x))

@@ -24,11 +24,15 @@ class ElboTerms(NamedTuple):
         log_likelihood: E_q[log p(x given z)], (N,), nats; minus the distortion.
         kl: KL(q(z given x) || p(z)), (N,), nats; the rate.
         kl_per_unit: the same by latent unit, (N, L), nats; their sum is `kl`. None where nobody computed it.
+        penalty: a further term that the loss adds to minus the bound, (N,) or one number, see `VAE.penalty`. None where there is none.
+        bound: what the loss maximizes in place of the ELBO, (N,), nats: an importance-weighted bound. None where it is the ELBO.
     """
 
     log_likelihood: Tensor
     kl: Tensor
     kl_per_unit: Tensor | None = None
+    penalty: Tensor | None = None
+    bound: Tensor | None = None
 
     @property
     def elbo(self) -> Tensor:
@@ -165,8 +169,11 @@ def free_bits_kl(terms: ElboTerms, free_bits: float) -> Tensor:
 def loss(terms: ElboTerms, beta: float | Tensor = 1.0, free_bits: float = 0.0) -> Tensor:
     """What the optimizer minimizes: minus the mean over the batch of the (beta-)ELBO, a scalar, nats per image. eq. loss
 
-    With `free_bits` the KL term is `free_bits_kl`.
+    With `free_bits` the KL term is `free_bits_kl`; a `bound` stands in place of the ELBO, and takes neither. The mean `penalty` is added.
     """
+    penalty = 0.0 if terms.penalty is None else terms.penalty.mean()
+    if terms.bound is not None:
+        return penalty - terms.bound.mean()
     if free_bits:
         terms = ElboTerms(terms.log_likelihood.mean(), free_bits_kl(terms, free_bits))
-    return -beta_elbo(terms, beta).mean()
+    return penalty - beta_elbo(terms, beta).mean()

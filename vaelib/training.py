@@ -27,7 +27,7 @@ from vaelib.data import ImageSet, minibatches
 from vaelib.distributed import Group, join
 from vaelib.objectives import ElboTerms, free_bits_kl, loss
 from vaelib.storage import BROKEN, only_writer, write_text
-from vaelib.vae import VAE, evaluating, given_labels, heldout_elbo, labels_for
+from vaelib.vae import VAE, evaluating, heldout_elbo, labels_for
 
 # LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
 OPTIMIZERS: dict[str, Any] = {
@@ -64,7 +64,7 @@ class TrainConfig:
         free_bits: nats per latent unit below which the KL is not pressed, see `vaelib.objectives.free_bits_kl`; 0 is the ELBO.
         objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound of `num_samples` draws (Burda et al. 2016); or ``"dreg"``,
             the same with the encoder's gradient of Tucker et al. 2019, `vaelib.objectives.doubly_reparameterized_bound`. The
-            last two take neither beta nor free bits, and the history's ``train_log_likelihood`` is then bound + KL.
+            last two take neither beta nor free bits; the history has the bound as ``train_objective``, beside the ELBO.
         num_samples: K, draws of z per image and step.
         ema_decay: decay of an exponential moving average of the weights, which is then what is validated, kept and saved;
             None keeps the weights themselves. In step t the decay is at most (1 + t) / (10 + t).
@@ -168,6 +168,7 @@ def name_of(function: Any) -> str:
 
 
 HISTORY = "history.jsonl"
+TRACE = ("log_likelihood", "kl", "norm", "skipped", "count", "loss", "penalty")  # of a step; see `train_step`
 # What may differ between a run and its continuation: where and how fast it runs, and what it shows, but not what it computes.
 FREE_ON_RESUME = ("device", "compile", "checkpoint_epochs", "checkpoint_minutes", "progress")
 
@@ -176,9 +177,10 @@ class History(list[dict[str, float]]):
     """One plain dict per finished epoch; ``history["valid_elbo"]`` is that column, ``history[-1]`` the last epoch.
 
     Keys: ``epoch`` (from 1), ``train_elbo``, ``train_log_likelihood``, ``train_kl`` (means over the epoch's images while the
-    weights moved, nats), ``valid_elbo``, ``valid_log_likelihood``, ``valid_kl`` (where a validation set was given),
-    ``gradient_norm`` (mean over the steps that were taken, before clipping; None where there was none), ``skipped_steps``,
-    ``learning_rate`` and ``beta`` (at the epoch's last step), ``seconds``.
+    weights moved, nats), ``train_objective`` (the same of what was maximized: minus the loss), ``train_penalty`` (of its further term,
+    where there is one), ``valid_elbo``, ``valid_log_likelihood``, ``valid_kl`` (where a validation set was given), ``gradient_norm`` (mean
+    over the steps that were taken, before clipping; None where there was none), ``skipped_steps``, ``learning_rate`` and ``beta``
+    (at the epoch's last step), ``seconds``.
 
     Attributes:
         stopped: ``"finished"``, ``"early stop"`` or ``"interrupted"``.
@@ -304,8 +306,8 @@ def train_step(
     """One step on one global batch: its pixels and, where they are known, its labels.
 
     Returns:
-        A row for the epoch's trace, (5,), on the device: sums of log-likelihood and KL over this process's share of the batch, the
-        gradient's norm, 1 where the step was skipped, and the number of images in the share.
+        A row for the epoch's trace, on the device: sums of log-likelihood and KL over this process's share of the batch, the gradient's
+        norm, 1 where the step was skipped, the number of images in the share, and sums of the loss and its penalty over them.
     """
     pixels, labels = batch if len(batch) == 2 else (*batch, None)
     device = pixels.device
@@ -326,11 +328,13 @@ def train_step(
     if config.free_bits and group.size > 1:
         objective = with_global_kl(terms, weight, group)
     optimizer.zero_grad()
-    (weight * loss(objective, beta, config.free_bits)).backward()
+    value = loss(objective, beta, config.free_bits)
+    (weight * value).backward()
     norm, skipped = take_step(optimizer, config)
-    counted = float(weight > 0)  # a share that only fills a place counts nothing
-    sums = [counted * term.detach().sum() for term in (terms.log_likelihood, terms.kl)]
-    return torch.stack([*sums, norm, skipped, torch.full_like(norm, counted * len(x))])
+    count = len(x) * float(weight > 0)  # a share that only fills a place counts nothing
+    penalty = torch.zeros_like(norm) if terms.penalty is None else terms.penalty.mean()
+    sums = [float(count > 0) * term.detach().sum() for term in (terms.log_likelihood, terms.kl)]
+    return torch.stack([*sums, norm, skipped, torch.full_like(norm, count), count * value.detach(), count * penalty.detach()])
 
 
 def copy_of_weights(model: VAE) -> dict[str, Tensor]:
@@ -346,7 +350,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     noise: torch.Generator
     averages: list[Tensor] | None  # of each parameter, where there is an `ema_decay`
-    trace: Tensor  # (steps per epoch, 5): what each step of this epoch gave
+    trace: Tensor  # (steps per epoch, len(TRACE)): what each step of this epoch gave
     history: History
     step: int = 0  # steps done
     elapsed: float = 0.0  # seconds of this epoch so far
@@ -387,7 +391,10 @@ class Run:
         for name in ("step", "elapsed", "best_elbo", "best_weights", "first_elbo"):
             setattr(self, name, state[name])
         if group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
-            self.trace = state["trace"].to(device)
+            trace = state["trace"].to(device)
+            if trace.shape[1] == 5:  # from before the loss and its penalty were kept: there it was minus the ELBO
+                trace = torch.cat([trace, trace[:, 1:2] - trace[:, :1], torch.zeros_like(trace[:, :1])], dim=1)
+            self.trace = trace
 
     def average(self, decay: float) -> None:
         """Move the averages towards the weights; early ones move faster."""
@@ -414,11 +421,12 @@ def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> Non
     `trace` has a row for each step, as `train_step` gives it.
     """
     wrong, advice = [], "a lower learning_rate or a clip_norm"
-    bad = ~trace[:, :2].isfinite()
+    bad = ~trace[:, [0, 1, 5]].isfinite()
     if bad.any():
         step = int(bad.any(1).nonzero()[0])
         term = int(bad[step].nonzero()[0])
-        wrong.append(f"step {step + 1}: the training {('log-likelihood', 'KL')[term]} is {trace[step, term].item():g}")
+        found = f"{('log-likelihood', 'KL', 'loss')[term]} is {trace[step, (0, 1, 5)[term]].item():g}"
+        wrong.append(f"step {step + 1}: the training {found}")
     elif (trace[:, 3] == 1).all() and (len(trace) > 1 or (history and history[-1]["skipped_steps"])):
         reason = "not finite"
         if trace[:, 2].isfinite().all():
@@ -468,11 +476,14 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
         labels_for(model, name, these)
     if config.batch_size > len(images):
         raise ValueError(f"batch_size: got {config.batch_size}, expected at most the {len(images)} images of the set")
-    if config.objective == "dreg" or config.free_bits:  # they ask for more than any q and prior has: tried on one image, before any work
+    if config.objective == "dreg" or config.free_bits:  # they ask for more than every q and prior has: tried before any work
+        labels, x = images[:1].known_labels, torch.zeros(1, *model.image_shape, device=model.device)
         with evaluating(model):
-            for bound, x, _ in given_labels(model, images[:1], 1, config.seed):
-                drawn = bound.draw(x, 1, x.new_zeros(1, 1, model.latent_dim), validate=False)
-                drawn.gaussian("objective: got 'dreg' for") if config.objective == "dreg" else free_bits_kl(drawn.terms, config.free_bits)
+            drawn = model.given(labels).draw(x, 1, x.new_zeros(1, 1, model.latent_dim), validate=False)
+        if config.objective == "dreg":
+            drawn.gaussian("objective: got 'dreg' for")
+        else:
+            free_bits_kl(drawn.terms, config.free_bits)
     if config.patience is not None and valid is None:
         raise ValueError("patience: got a number, but there is no validation set to judge by; expected valid as well")
 
@@ -498,8 +509,9 @@ def epoch_record(run: Run, epoch: int, valid: ImageSet | None, seed: int, group:
     check_finite(epoch, rows, run.model, run.history)
     if epoch == 1:
         run.first_elbo = ((rows[0, 0] - rows[0, 1]) / rows[0, 4]).item()
-    log_likelihood, kl = (rows[:, :2].double().sum(0) / rows[:, 4].sum()).tolist()
+    log_likelihood, kl, value, penalty = (rows[:, [0, 1, 5, 6]].double().sum(0) / rows[:, 4].sum()).tolist()
     record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
+    record |= {"train_objective": -value} | ({"train_penalty": penalty} if rows[:, 6].any() else {})
     if valid is not None:
         record |= validate(run.model, valid, seed, group)
         if not math.isfinite(record["valid_elbo"]):
@@ -609,7 +621,7 @@ def _fit(
         optimizer=make_optimizer(model, config),
         noise=torch.Generator(device).manual_seed(config.seed),
         averages=None if config.ema_decay is None else [parameter.detach().clone() for parameter in model.parameters()],
-        trace=torch.zeros(steps_per_epoch, 5, device=device),
+        trace=torch.zeros(steps_per_epoch, len(TRACE), device=device),
         history=History(),
     )
     history = run.history
@@ -662,7 +674,7 @@ def _fit(
                     whole = True
                     raise KeyboardInterrupt
                 if config.checkpoint_minutes is not None and time.perf_counter() - last_written >= 60 * config.checkpoint_minutes:
-                    if run.trace[: row + 1, :2].isfinite().all():  # never over the last good one
+                    if run.trace[: row + 1, [0, 1, 5]].isfinite().all():  # never over the last good one
                         write_state()
                     last_written = time.perf_counter()
 
@@ -715,7 +727,7 @@ def _fit(
 
 def summed(trace: Tensor, group: Group) -> Tensor:
     """The trace with sums and counts added up over the processes; norm and "skipped" are the same in all of them."""
-    shares = group.sum(trace[:, [0, 1, 4]])
+    shares = group.sum(trace[:, [0, 1, 4, 5, 6]])
     return torch.cat([shares[:, :2], trace[:, 2:4], shares[:, 2:]], dim=1)
 
 

@@ -77,16 +77,17 @@ class VAE(nn.Module):
         return self
 
     def forward(self, x: Tensor, eps: Tensor | None = None, objective: str = "elbo", labels: Tensor | None = None) -> ElboTerms:
-        """`elbo`, or terms whose difference is the importance-weighted bound, without a look at the values of x.
+        """`elbo`, or its terms with the importance-weighted `bound` beside them, without a look at the values of x.
 
         It is what DistributedDataParallel and torch.compile wrap. The objectives are those of `TrainConfig`.
         """
-        drawn = self.given(labels, validate=False).draw(x, 1 if eps is None else len(eps), eps, validate=False)
+        model, num_samples = self.given(labels, validate=False), 1 if eps is None else len(eps)
         if objective == "elbo":
-            return drawn.terms
+            return model.elbo(x, num_samples, eps, validate=False)
+        drawn = model.draw(x, num_samples, eps, validate=False)
         bound = doubly_reparameterized_bound(drawn) if objective == "dreg" else importance_weighted_bound(drawn.log_weights)
-        _, kl, by_unit = drawn.terms
-        return ElboTerms(bound + kl.detach(), kl.detach(), None if by_unit is None else by_unit.detach())
+        terms = ElboTerms(*(None if term is None else term.detach() for term in drawn.terms))
+        return terms._replace(penalty=model.penalty(x, drawn), bound=bound)
 
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
         """q(z given x), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L).
@@ -152,7 +153,12 @@ class VAE(nn.Module):
         Returns:
             ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats, and `.kl_per_unit` (N, L).
         """
-        return self.draw(x, num_samples, eps, generator, validate).terms
+        drawn = self.draw(x, num_samples, eps, generator, validate)
+        return drawn.terms._replace(penalty=self.penalty(x, drawn))
+
+    def penalty(self, x: Tensor, draw: Draw) -> Tensor | None:
+        """A further term of the loss, (N,) or one number, for a class of your own to define: `fit` adds it, no estimate does."""
+        return None
 
     def log_weights(
         self,
