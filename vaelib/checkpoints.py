@@ -100,7 +100,7 @@ def load_checkpoint(folder: Path) -> tuple[VAE, dict[str, Any]]:
     except BROKEN as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path: {path} does not hold the weights of a model that vaelib builds ({reason})") from error
-    check_weights(path, model)
+    check_weights(path, model.state_dict())
     return model.eval(), state
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vaelib._validation import check_image_shape, check_int, describe, plain
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import MLPDecoder, MLPEncoder
-from vaelib.vae import VAE, Posterior, check_hidden_dims
+from vaelib.vae import VAE, Posterior, check_hidden_dims, register_model
 
 
 class ConditionalVAE(VAE):
@@ -120,6 +120,7 @@ class WithLabels(nn.Module):
         return self.network(torch.cat([values.flatten(1), one_hot], dim=1))
 
 
+@register_model("conditional")
 def conditional_vae(
     image_shape: Sequence[int],
     num_classes: int,
@@ -140,13 +141,4 @@ def conditional_vae(
     latent_dim, param_channels = check_int("latent_dim", latent_dim), likelihood.param_channels(image_shape[0])
     encoder = MLPEncoder((1, 1, math.prod(image_shape) + labels), hidden_dims, latent_dim, activation)
     decoder = MLPDecoder(latent_dim + labels, hidden_dims[::-1], image_shape, param_channels, activation)
-    config = {
-        "model": "conditional",
-        "image_shape": list(image_shape),
-        "num_classes": num_classes,
-        "hidden_dims": list(hidden_dims),
-        "latent_dim": latent_dim,
-        "likelihood": likelihood.config,
-        "activation": activation,
-    }
-    return ConditionalVAE(WithLabels(encoder), WithLabels(decoder), likelihood, image_shape, latent_dim, num_classes, config)
+    return ConditionalVAE(WithLabels(encoder), WithLabels(decoder), likelihood, image_shape, latent_dim, num_classes)

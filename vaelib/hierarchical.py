@@ -14,7 +14,7 @@ from vaelib._validation import check_choice, check_image_shape, check_int, descr
 from vaelib.densities import Draw, Posterior, joined, kl_divergence
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ACTIVATIONS, BottomUp, MLPDecoder, MLPEncoder, TopDown, check_depth, enlarged, halvings
-from vaelib.vae import VAE, check_hidden_dims
+from vaelib.vae import VAE, check_hidden_dims, register_model
 
 
 class HierarchicalVAE(VAE):
@@ -154,6 +154,7 @@ class TopDownPrior(LayeredPrior):
         return path.z, path.p
 
 
+@register_model("hierarchical")
 def hierarchical_vae(
     image_shape: Sequence[int] = (3, 32, 32),
     levels: Sequence[Sequence[int]] = ((16, 2), (16, 4), (8, 6), (4, 4)),
@@ -188,17 +189,7 @@ def hierarchical_vae(
         raise ValueError(f"image_shape: got {image_shape}, expected sides of at least {least} for {len(levels)} levels")
     encoder = BottomUp(image_shape, len(levels), width, bottleneck, blocks, activation)
     decoder = TopDown(levels, sizes, width, bottleneck, likelihood.param_channels(image_shape[0]), activation)
-    config = {
-        "model": "hierarchical",
-        "image_shape": list(image_shape),
-        "levels": [list(level) for level in levels],
-        "width": width,
-        "bottleneck": bottleneck,
-        "blocks": blocks,
-        "likelihood": likelihood.config,
-        "activation": activation,
-    }
-    return HierarchicalVAE(encoder, decoder, likelihood, image_shape, config)
+    return HierarchicalVAE(encoder, decoder, likelihood, image_shape)
 
 
 def check_levels(value: Sequence[Sequence[int]]) -> tuple[tuple[int, int], ...]:
@@ -299,6 +290,7 @@ class TwoLayerPrior(LayeredPrior):
         return z, joined([Posterior(torch.zeros_like(h2), torch.zeros_like(h2)), p1])
 
 
+@register_model("two-layer")
 def two_layer_vae(
     image_shape: Sequence[int] = (1, 28, 28),
     hidden_dims: Sequence[Sequence[int]] = ((200, 200), (100, 100)),
@@ -323,12 +315,4 @@ def two_layer_vae(
     encoder = [MLPEncoder(image_shape, hidden1, dim1, activation), MLPEncoder((dim1, 1, 1), hidden2, dim2, activation)]
     params = MLPDecoder(dim1, hidden1[::-1], image_shape, likelihood.param_channels(image_shape[0]), activation)
     decoder = [MLPEncoder((dim2, 1, 1), hidden2[::-1], dim1, activation), params]
-    config = {
-        "model": "two-layer",
-        "image_shape": list(image_shape),
-        "hidden_dims": [list(hidden1), list(hidden2)],
-        "latent_dims": [dim1, dim2],
-        "likelihood": likelihood.config,
-        "activation": activation,
-    }
-    return TwoLayerVAE(nn.ModuleList(encoder), nn.ModuleList(decoder), likelihood, image_shape, (dim1, dim2), config)
+    return TwoLayerVAE(nn.ModuleList(encoder), nn.ModuleList(decoder), likelihood, image_shape, (dim1, dim2))

@@ -29,6 +29,7 @@ from vaelib._validation import (
 )
 
 T = TypeVar("T", float, Tensor)
+L = TypeVar("L", bound="Likelihood")
 
 
 class Likelihood(nn.Module):
@@ -478,6 +479,24 @@ LIKELIHOODS: dict[str, type[Likelihood]] = {
     "discretized_logistic_mixture": DiscretizedLogisticMixture,
     "grey_bce_not_a_likelihood": GreyBCENotALikelihood,
 }
+
+
+def register_likelihood(name: str) -> Callable[[type[L]], type[L]]:
+    """A decorator: the class becomes the likelihood `name`, for `make_likelihood`, the builders of models, `save` and `load`.
+
+    The class hands its arguments on, ``super().__init__(name=name, scale=scale)``: they are its config.
+
+    Raises:
+        ValueError: If another class has the name.
+    """
+
+    def register(cls: type[L]) -> type[L]:
+        if (known := LIKELIHOODS.get(name, cls)).__qualname__ != cls.__qualname__:  # the same one again: a cell that was run twice
+            raise ValueError(f"name: got {name!r}, which is {known.__qualname__}, expected a name that no likelihood has")
+        LIKELIHOODS[name] = cls
+        return cls
+
+    return register
 
 
 def make_likelihood(spec: str | dict[str, Any] | Likelihood) -> Likelihood:

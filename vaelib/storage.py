@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vaelib._validation import as_path, check_choice, describe
-from vaelib.conditional import conditional_vae
-from vaelib.hierarchical import hierarchical_vae, two_layer_vae
-from vaelib.vae import VAE, conv_vae, mlp_vae
+from vaelib.vae import MODELS, VAE
 
 WEIGHTS, CONFIG, CHECKPOINT, LOCK = "model.safetensors", "config.json", "checkpoint.pt", ".lock"
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # what a config of nonsense raises
-MODELS: dict[str, Callable[..., VAE]] = {
-    "mlp": mlp_vae,
-    "conv": conv_vae,
-    "hierarchical": hierarchical_vae,
-    "conditional": conditional_vae,
-    "two-layer": two_layer_vae,
-}
 
 
 def writable_folder(argument: str, path: str | Path) -> Path:
@@ -78,9 +69,9 @@ def read_object(argument: str, path: Path) -> dict[str, Any]:
     raise ValueError(f"{argument}: {path} is no file of one JSON object ({reason})")
 
 
-def check_weights(path: Path, model: VAE) -> None:
+def check_weights(path: Path, weights: dict[str, Tensor]) -> None:
     """ValueError if one of the weights, which were read from `path`, is not finite: all that they compute would be NaN."""
-    for name, value in model.state_dict().items():
+    for name, value in weights.items():
         if not value.isfinite().all():
             raise ValueError(f"path: {path} holds weights that are not finite (NaN or infinity), {name} the first; train anew")
 
@@ -132,13 +123,17 @@ def save(model: VAE, path: str | Path) -> None:
     """
     if model.config is None:
         builders = ", ".join(builder.__name__ for builder in MODELS.values())
-        raise ValueError(f"model: got a VAE without a config, expected one built by {builders}; save its state_dict() yourself")
-    if signature(model) != signature(build(model.config)):
+        own = "or by a function of your own under vaelib.register_model; save its state_dict() yourself"
+        raise ValueError(f"model: got a VAE without a config, expected one built by {builders}, {own}")
+    try:
+        config = json.dumps(model.config, indent=2)
+    except TypeError as error:
+        raise ValueError(f"model: got a config that JSON cannot hold ({error}), expected numbers, strings, lists and dicts") from error
+    if signature(model) != signature(build(json.loads(config))):
         raise ValueError(
             "model: got a VAE that its config does not build again (other parts or dtype); save its state_dict() yourself"
         )
     path = writable_folder("path", path)
-    config = json.dumps(model.config, indent=2)
     partial, partial_config = path / f".{WEIGHTS}.partial", path / f".{CONFIG}.partial"
     try:
         # the weights carry the config too: `load` can tell when the two files are not of one model
@@ -153,8 +148,12 @@ def save(model: VAE, path: str | Path) -> None:
         partial_config.unlink(missing_ok=True)
 
 
-def load(path: str | Path) -> VAE:
+def load(path: str | Path, model: VAE | None = None) -> VAE:
     """The model that `save` wrote to the folder `path`, on the CPU, in evaluation mode.
+
+    Args:
+        model: one that you built as the saved one was: it is given the weights, moved to the CPU and returned. Without it, a model or
+            likelihood of your own must be registered first, see `register_model` and `register_likelihood`.
 
     Raises:
         ValueError: If a file is missing or broken, the weights belong to another model, or one of them is not finite.
@@ -173,17 +172,25 @@ def load(path: str | Path) -> VAE:
             hint = cut if (path / CHECKPOINT).is_file() else ""
             raise ValueError(f"path: got {path}, expected a folder written by vaelib.save; it has no {name}{hint}")
     try:
-        model = build(json.loads((path / CONFIG).read_text(encoding="utf-8")))
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        built = model is None
+        model = build(config) if model is None else model.cpu()
     except (OSError, *BROKEN) as error:
-        raise ValueError(f"path: {path / CONFIG} is not a config written by vaelib.save ({error})") from error
+        own = "one of your own is registered first (register_model, register_likelihood), or given: load(path, model=...)"
+        raise ValueError(f"path: {path / CONFIG} is not a config written by vaelib.save ({error}); {own}") from error
     try:
         with safe_open(path / WEIGHTS, "pt") as file:
             stored = (file.metadata() or {}).get("config")
-        if stored != json.dumps(model.config, indent=2):
+        if stored != json.dumps(config, indent=2):
             raise ValueError("they belong to another model")
-        model.load_state_dict(load_file(path / WEIGHTS), assign=True)
+        weights = load_file(path / WEIGHTS)
+        shapes = {name: value.shape for name, value in model.state_dict().items()}
+        for name in [*shapes, *weights]:
+            if (found := weights[name].shape if name in weights else None) != (expected := shapes.get(name)):
+                raise ValueError(f"they hold {name} with shape {found and tuple(found)}, the model {expected and tuple(expected)}")
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"path: {path / WEIGHTS} is broken or not the weights of the model in {CONFIG} ({reason})") from error
-    check_weights(path / WEIGHTS, model)
+    check_weights(path / WEIGHTS, weights)
+    model.load_state_dict(weights, assign=built)
     return model.eval()

@@ -6,10 +6,12 @@ Functions of vaelib that take pixels or codes move them to the model's device, a
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,10 @@ from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
 from vaelib.objectives import ElboTerms, doubly_reparameterized_bound, importance_weighted_bound
 
+P = ParamSpec("P")
+M = TypeVar("M", bound="VAE")
+MODELS: dict[str, Callable[..., VAE]] = {}  # what builds a model of each name from its config; see `register_model`
+
 
 class VAE(nn.Module):
     """p(x, z) = p(z) p(x given z), with the amortized posterior q(z given x).
@@ -42,7 +48,7 @@ class VAE(nn.Module):
         likelihood: p(x given z), see `vaelib.likelihoods`.
         image_shape: (C, H, W).
         latent_dim: L, or (channels, height, width) of latents that are laid out in space: L is then their product.
-        config: what builds the model again (`mlp_vae` sets it); without it `save` refuses.
+        config: what builds the model again (`register_model` sets it); without it `save` refuses.
         prior: p(z), see `vaelib.densities`; None is N(0, I).
 
     Attributes:
@@ -283,6 +289,44 @@ def heldout_elbo(model: VAE, images: ImageSet | Tensor, num_samples: int = 1, ba
     return ElboTerms(torch.cat(log_likelihood), torch.cat(kl))
 
 
+def register_model(name: str) -> Callable[[Callable[P, M]], Callable[P, M]]:
+    """A decorator for a function that builds a `VAE`: its arguments become the model's config, from which `load` builds it again.
+
+    Arguments are what JSON can hold, and likelihoods; sequences come back as lists.
+
+    Raises:
+        ValueError: If another function has the name.
+    """
+
+    def register(build: Callable[P, M]) -> Callable[P, M]:
+        signature = inspect.signature(build)
+
+        @functools.wraps(build)
+        def built(*args: P.args, **kwargs: P.kwargs) -> M:
+            model = build(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            model.config = {"model": name} | {key: as_config(value) for key, value in given.arguments.items()}
+            if "likelihood" in given.arguments:
+                model.config["likelihood"] = model.likelihood.config
+            return model
+
+        if (known := MODELS.get(name, built)).__qualname__ != built.__qualname__:  # the same one again: a cell that was run twice
+            raise ValueError(f"name: got {name!r}, which is {known.__qualname__}, expected a name that no model has")
+        MODELS[name] = built
+        return built
+
+    return register
+
+
+def as_config(value: Any) -> Any:
+    """The same as JSON gives it back: sequences as lists, numbers as Python's own; a likelihood as its config."""
+    if isinstance(value, Likelihood):
+        return value.config
+    sequence = isinstance(value, Sequence) and not isinstance(value, str)
+    return [as_config(entry) for entry in value] if sequence else plain(value)
+
+
 def check_hidden_dims(value: Sequence[int]) -> tuple[int, ...]:
     """`value` as a tuple; the networks check its sizes."""
     if not isinstance(value, Sequence) or isinstance(value, str):
@@ -290,6 +334,7 @@ def check_hidden_dims(value: Sequence[int]) -> tuple[int, ...]:
     return tuple(value)
 
 
+@register_model("mlp")
 def mlp_vae(
     image_shape: Sequence[int] = (1, 28, 28),
     hidden_dims: Sequence[int] = (400,),
@@ -316,17 +361,10 @@ def mlp_vae(
     likelihood, hidden_dims = make_likelihood(likelihood), check_hidden_dims(hidden_dims)
     encoder = MLPEncoder(image_shape, hidden_dims, latent_dim, activation)
     decoder = MLPDecoder(latent_dim, hidden_dims[::-1], image_shape, likelihood.param_channels(image_shape[0]), activation)
-    config = {
-        "model": "mlp",
-        "image_shape": list(image_shape),
-        "hidden_dims": list(hidden_dims),
-        "latent_dim": latent_dim,
-        "likelihood": likelihood.config,
-        "activation": activation,
-    }
-    return VAE(encoder, decoder, likelihood, image_shape, latent_dim, config)
+    return VAE(encoder, decoder, likelihood, image_shape, latent_dim)
 
 
+@register_model("conv")
 def conv_vae(
     image_shape: Sequence[int] = (3, 32, 32),
     latent_dim: int | Sequence[int] = 128,
@@ -357,13 +395,4 @@ def conv_vae(
     encoder = ConvEncoder(image_shape, channels, latent_dim, residual_blocks, activation)
     param_channels = likelihood.param_channels(image_shape[0])
     decoder = ConvDecoder(latent_dim, channels[::-1], image_shape, param_channels, residual_blocks, activation)
-    config = {
-        "model": "conv",
-        "image_shape": list(image_shape),
-        "latent_dim": list(latent_dim) if isinstance(latent_dim, Sequence) else latent_dim,
-        "likelihood": likelihood.config,
-        "channels": list(channels),
-        "residual_blocks": residual_blocks,
-        "activation": activation,
-    }
-    return VAE(encoder, decoder, likelihood, image_shape, latent_dim, config)
+    return VAE(encoder, decoder, likelihood, image_shape, latent_dim)
