@@ -10,7 +10,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import vaelib
-from vaelib import TrainConfig, fit, gaussian_log_density, importance_weighted_bound, mlp_vae, two_layer_vae
+from vaelib import TrainConfig, fit, importance_weighted_bound, mlp_vae, two_layer_vae
 from vaelib.cli import app
 from vaelib.objectives import doubly_reparameterized_bound
 from vaelib.reproduce import BUDGETS, PAPER, Budget, burda_vae, iwae_row, paper_schedule

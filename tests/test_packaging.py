@@ -102,8 +102,8 @@ def imports_of(module):
 
 
 ORDER = [
-    *("_validation", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "hierarchical", "conditional", "storage"),
-    *("checkpoints", "distributed", "training", "evaluation", "reproduce", "generation", "priors", "retrieval", "quality"),
+    *("_validation", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "hierarchical", "conditional"),
+    *("storage", "checkpoints", "distributed", "training", "evaluation", "reproduce", "generation", "priors", "retrieval", "quality"),
     *("oracles", "checks", "ledger", "plotting", "widgets", "cli"),
 ]
 

@@ -55,14 +55,14 @@ __version__ = "0.1.0"
 __all__ = [
     "VAE", "Bernoulli", "ConditionalVAE", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic",
     "DiscretizedLogisticMixture", "Draw", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE",
-    "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior", "StandardNormal", "TrainConfig",
-    "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae", "conv_vae",
-    "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
+    "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior",
+    "StandardNormal", "TrainConfig", "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae",
+    "conv_vae", "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
     "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
-    "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_divergence", "kl_per_unit", "latent_grid", "load",
-    "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours", "plotting", "posterior_means",
-    "priors", "quality", "rate_decomposition", "reconstruct", "register_kl", "register_likelihood", "register_model", "reparameterize", "save", "train_valid_split",
-    "two_layer_vae", "widgets",
+    "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_divergence", "kl_per_unit",
+    "latent_grid", "load", "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours",
+    "plotting", "posterior_means", "priors", "quality", "rate_decomposition", "reconstruct", "register_kl",
+    "register_likelihood", "register_model", "reparameterize", "save", "train_valid_split", "two_layer_vae", "widgets",
 ]  # fmt: skip
 
 

@@ -31,9 +31,9 @@ from vaelib.likelihoods import LIKELIHOODS
 from vaelib.priors import fit_mixture, fit_second_stage
 from vaelib.reproduce import BUDGETS, OBJECTIVES, iwae_row
 from vaelib.retrieval import DISTANCES, METHODS, LatentIndex, is_index
-from vaelib.storage import CHECKPOINT, CONFIG, MODELS, WEIGHTS, load, only_writer, read_object, save, writable_folder, write_text
+from vaelib.storage import CHECKPOINT, CONFIG, WEIGHTS, load, only_writer, read_object, save, writable_folder, write_text
 from vaelib.training import HISTORY, TrainConfig, choose_device, fit
-from vaelib.vae import VAE
+from vaelib.vae import MODELS, VAE
 
 app = typer.Typer(
     rich_markup_mode=None,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vaelib._validation import check_image_shape, check_int, describe, plain
+from vaelib.densities import Posterior
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import MLPDecoder, MLPEncoder
-from vaelib.vae import VAE, Posterior, check_hidden_dims, register_model
+from vaelib.vae import VAE, check_hidden_dims, register_model
 
 
 class ConditionalVAE(VAE):

@@ -237,7 +237,11 @@ def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chai
             return -u
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            return torch.autograd.grad(prior.log_prob(u).sum(), u)[0]
+            log_prior = prior.log_prob(u)
+            if not log_prior.requires_grad:
+                expected = "expected a density of continuous z: the chains follow its gradient"
+                raise ValueError(f"model: got one with the prior {type(prior).__name__}, whose log_prob has no gradient, {expected}")
+            return torch.autograd.grad(log_prior.sum(), u)[0]
 
     if from_noise is not None:
         u = normal(0)

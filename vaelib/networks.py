@@ -335,7 +335,9 @@ class TopDown(nn.Module):
             for level, ((channels, groups), size) in enumerate(zip(levels, sizes, strict=True))
             for _ in range(groups)
         )
-        self.latent_dims = [math.prod(group.latent_shape) for group in self.groups]
+        self.latent_dims = [
+            channels * math.prod(size) for (channels, groups), size in zip(levels, sizes, strict=True) for _ in range(groups)
+        ]
         last = ResidualBlock(width, activation, bottleneck)
         self.head = nn.Sequential(last, ACTIVATIONS[activation](), nn.Conv2d(width, param_channels, 1))
 

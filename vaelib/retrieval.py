@@ -20,9 +20,10 @@ from torch.nn.functional import conv2d, normalize
 from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed, describe
 from vaelib.conditional import ConditionalVAE
 from vaelib.data import ImageSet
+from vaelib.densities import Posterior
 from vaelib.evaluation import posteriors
 from vaelib.storage import build, signature, writable_folder, write_tensors
-from vaelib.vae import VAE, Posterior
+from vaelib.vae import VAE
 
 DISTANCES = ("euclidean", "cosine", "symmetric_kl", "bhattacharyya")
 STATISTICAL = DISTANCES[2:]  # between posteriors; the others are between their means

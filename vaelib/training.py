@@ -309,7 +309,7 @@ def train_step(
         A row for the epoch's trace, on the device: sums of log-likelihood and KL over this process's share of the batch, the gradient's
         norm, 1 where the step was skipped, the number of images in the share, and sums of the loss and its penalty over them.
     """
-    pixels, labels = batch if len(batch) == 2 else (*batch, None)
+    pixels, labels = batch[0], batch[1] if len(batch) == 2 else None
     device = pixels.device
     if config.flip:
         coin = torch.rand(len(pixels), 1, 1, 1, generator=noise, device=device) < 0.5

@@ -22,7 +22,6 @@ from vaelib._validation import (
     check_int,
     check_observation,
     check_pixels,
-    check_same_shape,
     describe,
     plain,
     warn_of_scale,
@@ -70,7 +69,7 @@ class VAE(nn.Module):
         self.image_shape = check_image_shape("image_shape", image_shape)
         self.latent_shape = check_latent_dim(latent_dim)
         self.latent_dim = math.prod(self.latent_shape)
-        self.prior = StandardNormal(self.latent_dim) if prior is None else prior
+        self.prior: Any = StandardNormal(self.latent_dim) if prior is None else prior
         self.config = plain(config)
 
     @property
@@ -92,8 +91,9 @@ class VAE(nn.Module):
             return model.elbo(x, num_samples, eps, validate=False)
         drawn = model.draw(x, num_samples, eps, validate=False)
         bound = doubly_reparameterized_bound(drawn) if objective == "dreg" else importance_weighted_bound(drawn.log_weights)
-        terms = ElboTerms(*(None if term is None else term.detach() for term in drawn.terms))
-        return terms._replace(penalty=model.penalty(x, drawn), bound=bound)
+        log_likelihood, kl, by_unit, *_ = drawn.terms
+        by_unit = None if by_unit is None else by_unit.detach()
+        return ElboTerms(log_likelihood.detach(), kl.detach(), by_unit, model.penalty(x, drawn), bound)
 
     def encode(self, x: Tensor, validate: bool = True) -> Posterior:
         """q(z given x), deterministic: x (N, C, H, W) -> mean and log_var, each (N, L).

@@ -1,6 +1,6 @@
 """A likelihood: given z, x has a Laplace distribution around the decoder's output, so that its score is an absolute error.
 
-    model = vaelib.mlp_vae((1, 28, 28), (400,), 20, Laplace(scale=0.1))
+    model = vaelib.mlp_vae((1, 28, 28), (400,), 20, {"name": "laplace", "scale": 0.1})
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch.distributions import Laplace as LaplaceDensity
 import vaelib
 
 
+@vaelib.register_likelihood("laplace")
 class Laplace(vaelib.Likelihood):
     """A density of continuous x in [-1, 1]; params (N, C, H, W) are its medians."""
 
@@ -24,5 +25,4 @@ class Laplace(vaelib.Likelihood):
         return params
 
     def sample(self, params, generator=None):  # the difference of two exponential waiting times
-        times = torch.empty(2, *params.shape, device=params.device).exponential_(generator=generator)
-        return params + self.config["scale"] * (times[0] - times[1])
+        return params + self.config["scale"] * torch.empty(2, *params.shape).exponential_(generator=generator).to(params).diff(dim=0)[0]

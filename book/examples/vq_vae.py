@@ -1,7 +1,7 @@
-"""A VQ-VAE (van den Oord, Vinyals and Kavukcuoglu 2017) as a VAE: q(z given x) has one code in each place, p(z) all with the same chance.
+"""A VQ-VAE (van den Oord, Vinyals and Kavukcuoglu 2017) as a VAE: q(z given x) puts one code in each place, p(z) any with the same chance.
 
-    model = vq_vae((3, 32, 32), num_codes=64, code_dim=16)
-    vaelib.fit(model, images)  # the rate is num_places * log(num_codes) nats, exactly
+    model = vq_vae((3, 32, 32), num_codes=64)
+    vaelib.fit(model, images)  # the rate is the number of places times log(num_codes) nats, whatever the image
 """
 
 import math
@@ -13,13 +13,11 @@ import vaelib
 
 
 class OneHot:
-    """q(z given x): the nearest code of each place, for sure. Its gradient goes straight through to the encoder's output."""
+    """q(z given x): these codes, for sure. The decoder's gradient goes straight through them to the encoder's output."""
 
-    def __init__(self, output, codes):  # (N, h, w, D), (K, D)
-        self.index = torch.cdist(output.detach(), codes.detach()).argmin(-1)  # (N, h, w)
-        chosen = codes[self.index]
-        self.loss = ((chosen - output.detach()).square() + 0.25 * (output - chosen.detach()).square()).flatten(1).sum(1)
-        self.mean = (output + (chosen - output).detach()).movedim(-1, 1).flatten(1)  # (N, L)
+    def __init__(self, output, codes):  # each (N, H, W, D)
+        self.loss = ((codes - output.detach()) ** 2 + 0.25 * (output - codes.detach()) ** 2).flatten(1).sum(1)
+        self.mean = (output + (codes - output).detach()).movedim(-1, 1).flatten(1)  # (N, L)
 
     def sample(self, eps):
         return self.mean.expand_as(eps)
@@ -29,26 +27,33 @@ class OneHot:
 
 
 class Uniform(nn.Module):
-    """p(z): each place has one of the K codes, all with the same chance."""
+    """p(z): in each place one of the codes, all with the same chance."""
 
-    def __init__(self, num_codes, code_dim, size):
+    def __init__(self, num_codes, code_dim, places):
         super().__init__()
-        self.codes, self.size = nn.Parameter(torch.randn(num_codes, code_dim)), size
+        self.codes, self.places = nn.Parameter(0.3 * torch.randn(num_codes, code_dim)), places
 
     def log_prob(self, z):
-        return z.new_full(z.shape[:-1], -math.prod(self.size) * math.log(len(self.codes)))
+        return z.new_full(z.shape[:-1], -math.prod(self.places) * math.log(len(self.codes)))
 
     def sample(self, num, generator=None):
-        index = torch.randint(len(self.codes), (num, *self.size), generator=generator)
-        return self.codes[index].movedim(-1, 1).flatten(1)
+        return self.codes[torch.randint(len(self.codes), (num, *self.places), generator=generator)].movedim(-1, 1).flatten(1)
 
 
 class VQVAE(vaelib.VAE):
-    """A VAE whose encoder's mean, a map, is replaced by its nearest codes."""
+    """A VAE whose encoder's mean, a map, gives way to its nearest codes."""
 
     def encode(self, x, validate=True):
-        output = super().encode(x, validate).mean.unflatten(1, self.latent_shape)
-        return OneHot(output.movedim(1, -1), self.prior.codes)
+        output = super().encode(x, validate).mean.unflatten(1, self.latent_shape).movedim(1, -1)  # (N, H, W, D)
+        return OneHot(output, self.prior.codes[torch.cdist(output, self.prior.codes).argmin(-1)])
 
     def penalty(self, x, draw):
         return draw.q.loss
+
+
+@vaelib.register_model("vq")
+def vq_vae(image_shape, num_codes=64, latent_dim=(8, 8, 8), likelihood="discretized_logistic", channels=(32, 64)):
+    """Strided convolutions to a map of codes, latent_dim = (code size, H, W), and back."""
+    base = vaelib.conv_vae(image_shape, latent_dim, likelihood, channels)
+    prior = Uniform(num_codes, latent_dim[0], latent_dim[1:])
+    return VQVAE(base.encoder, base.decoder, base.likelihood, image_shape, latent_dim, prior=prior)
