@@ -778,7 +778,7 @@ def few(model, digits, tmp_path):
     (tmp_path / "files").mkdir()
     for i in range(5):
         Image.fromarray(digits.pixels[i, 0].numpy()).save(tmp_path / "files" / f"{i}.png")
-    index = LatentIndex.build(model, *load_folder(tmp_path / "files", (1, 28, 28))[:1], names=[f"{i}.png" for i in range(5)])
+    index = LatentIndex.build(model, load_folder(tmp_path / "files", (1, 28, 28)))
     index.source = {"folder": str(tmp_path / "files")}
     return index
 

@@ -116,7 +116,10 @@ def warn_of_scale(argument: str, pixels: Tensor) -> None:
 
 
 def check_pixels(argument: str, value: Any, image_shape: Sequence[int] | None = None) -> Tensor:
-    """`value` if it is a uint8 tensor (N, C, H, W) with N >= 1, of `image_shape` where that is given."""
+    """The pixels of an `ImageSet`, a tensor or a NumPy array: uint8 (N, C, H, W) with N >= 1, of `image_shape` where that is given."""
+    value = getattr(value, "pixels", value)
+    if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+        value = torch.from_numpy(np.require(value, requirements=["C", "W"]))
     if not isinstance(value, Tensor) or value.dtype != torch.uint8:
         raise ValueError(f"{argument}: got {describe(value)}, expected pixels: a uint8 tensor with values 0..255")
     if value.dim() != 4:

@@ -123,7 +123,10 @@ def model_arguments(model: str, likelihood: str, options: str = "", **given: str
 
 @app.command()
 def train(
-    data: Annotated[str, typer.Option(help=f"Image set: {', '.join(NAMES)}.")] = "mnist",
+    data: Annotated[str, typer.Option(help=f"Image set: {', '.join(NAMES)}; default: mnist.")] = "",
+    folder: Annotated[str, typer.Option(help="Folder of image files, instead of --data.")] = "",
+    size: Annotated[str, typer.Option(help="With --folder: side of the images, or HEIGHTxWIDTH; default: 64.")] = "",
+    grey: Annotated[bool, typer.Option("--grey", help="With --folder: in grey, not in colour.")] = False,
     model: Annotated[str, typer.Option(help=f"Kind of network: {', '.join(MODELS)}.")] = "mlp",
     out: Annotated[
         Path, typer.Option(help="Folder for the model, its history and the record of the run.", callback=expanded)
@@ -213,11 +216,14 @@ def train(
     if resume and overwrite:
         raise ValueError("overwrite: got it beside --resume, expected one of the two")
     check_unused(out, resume, overwrite)
+    shape = folder_shape(folder, data, size, grey)
+    data = data or ("" if folder else "mnist")
     if group.leads:
-        images = images_named(data)  # fetched by one process only
+        images = load_folder(folder, shape) if folder else images_named(data)  # fetched by one process only
+        warn_skipped(images.skipped)
     group.wait()
     if not group.leads:
-        images = images_named(data)
+        images = load_folder(folder, shape) if folder else images_named(data)
     train_images, valid = train_valid_split(images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, seed)
     torch.manual_seed(seed)
     if "num_classes" in inspect.signature(MODELS[model]).parameters:
@@ -248,7 +254,7 @@ def train(
             saved_epoch = {}
         summary = {
             "out": str(out),
-            "data": data,
+            **({"folder": str(as_path(folder).resolve())} if folder else {"data": data}),
             "epochs": len(history),
             "stopped": history.stopped,
             "diverged": history.diverged,
@@ -260,11 +266,24 @@ def train(
             **saved_epoch,
         }
         record = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, seconds, summary)
-        record |= {"data": data, "model": vae.config, "training": config.as_dict()}
+        record |= {"data": data} if data else {"folder": summary["folder"]}
+        record |= {"model": vae.config, "training": config.as_dict()}
         write_text(out / RUN, json.dumps(record, indent=2) + "\n")
     show(summary, as_json)
     if history.stopped == "interrupted":
         raise typer.Exit(130)
+
+
+def folder_shape(folder: str, data: str, size: str, grey: bool) -> tuple[int, int, int]:
+    """The shape that a folder's images are given, from --size and --grey; ValueError where these options do not fit together."""
+    if folder and data:
+        raise ValueError("folder: got it beside --data, expected one of the two")
+    if not folder and (size or grey):
+        raise ValueError(f"{'size' if size else 'grey'}: got it without --folder, expected it beside --folder only")
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?", size or "64"):
+        raise ValueError(f"size: got {size!r}, expected a number of pixels such as 64, or HEIGHTxWIDTH such as 48x64")
+    height, _, width = (size or "64").partition("x")
+    return 1 if grey else 3, int(height), int(width or height)
 
 
 def check_unused(out: Path, resume: bool, overwrite: bool) -> None:
@@ -300,7 +319,10 @@ def data_of(run: Path, data: str) -> str:
     try:
         if not (run / RUN).exists() and (run / CHECKPOINT).exists():
             return check_choice("data", read_checkpoint(run, {}, "data")["images"].split(" ")[0], NAMES)  # type: ignore[no-any-return]
-        return str(read_object("data", run / RUN)["data"])
+        record = read_object("data", run / RUN)
+        if "folder" in record and "data" not in record:
+            raise ValueError(f"it was trained on the folder {record['folder']}")
+        return str(record["data"])
     except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"data: the run in {run} does not say what the model was trained on, expected --data ({error})") from error
 
@@ -319,7 +341,8 @@ def load_run(run: Path) -> VAE:
 def evaluate(
     run: Folder,
     data: Annotated[str, typer.Option(help="Image set; by default the one the model was trained on.")] = "",
-    split: Annotated[str, typer.Option(help="test or train; of binarized-mnist also valid.")] = "test",
+    split: Annotated[str, typer.Option(help="test or train; of binarized-mnist also valid; default: test.")] = "",
+    folder: Annotated[str, typer.Option(help="Folder of image files, instead of --data.")] = "",
     num_samples: Annotated[int, typer.Option(help="Importance samples per image for log p(x); 0 leaves it out.")] = 0,
     elbo_samples: Annotated[int, typer.Option(help="Draws per image for the ELBO.")] = 10,
     seed: int = 0,
@@ -330,10 +353,18 @@ def evaluate(
     check_int("elbo_samples", elbo_samples)
     check_int("num_samples", num_samples, minimum=0)
     check_seed("seed", seed)
+    if folder and (data or split):
+        raise ValueError(f"folder: got it beside {'--data' if data else '--split'}, expected one of the two")
     model = load_run(run).to(choose_device(device))
-    name = data_of(run, data)
-    result = evaluate_model(model, images_named(name, split), num_samples, elbo_samples, seed=seed)
-    show({"data": name, "split": split} | result.as_dict(), as_json)
+    if folder:
+        images = load_folder(folder, model.image_shape)
+        warn_skipped(images.skipped)
+        source = {"folder": str(as_path(folder).resolve())}
+    else:
+        source = {"data": data_of(run, data), "split": split or "test"}
+        images = images_named(source["data"], source["split"])
+    result = evaluate_model(model, images, num_samples, elbo_samples, seed=seed)
+    show(source | result.as_dict(), as_json)
 
 
 @app.command()
@@ -417,16 +448,16 @@ def index_images(
     split = split or "train"
     check_choice("method", method, METHODS)
     model = load_run(run).to(choose_device(device))
-    images, names, skipped = load_folder(folder, model.image_shape) if folder else (images_named(data_of(run, data), split), (), {})
-    warn_skipped(skipped)
-    source = {"folder": str(as_path(folder).resolve())} if folder else {"data": images.name, "split": split}  # type: ignore[union-attr]
-    index = LatentIndex.build(model, images, method=method, names=names, source=source)
+    images = load_folder(folder, model.image_shape) if folder else images_named(data_of(run, data), split)
+    warn_skipped(images.skipped)
+    source = {"folder": str(as_path(folder).resolve())} if folder else {"data": images.name, "split": split}
+    index = LatentIndex.build(model, images, method=method, source=source)
     if not all(part.isfinite().all() for part in index.codes):
         raise ValueError(f"run: the model in {run} gives codes that are not finite (NaN or infinity), expected one that was trained well")
     index.save(out)
-    result = {"out": str(out), **source, "images": len(index), "skipped": len(skipped), "latents": model.latent_dim}
+    result = {"out": str(out), **source, "images": len(index), "skipped": len(images.skipped), "latents": model.latent_dim}
     result |= {"method": method, "bytes": out.stat().st_size}
-    show(result | {"skipped_files": list(skipped)} if as_json else result, as_json)
+    show(result | {"skipped_files": list(images.skipped)} if as_json else result, as_json)
 
 
 def warn_skipped(skipped: dict[str, str]) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -91,6 +92,8 @@ class ImageSet:
         factors: float tensor (N, F), the factors that generated each image (`shapes` only), else None.
         factor_names: the name of each factor.
         labelled: False where nobody gave labels; they are then all 0, and what needs labels refuses the set.
+        names: the name of each image, such as its file's within the folder; () where they have none.
+        skipped: the files that could not be read, each with the reason (`load_folder` only).
         scale_checked: whether a warning was due already for levels that do not reach beyond 16: it comes once, not for each subset.
 
     Raises:
@@ -104,6 +107,8 @@ class ImageSet:
     factors: Tensor | None = None
     factor_names: tuple[str, ...] = ()
     labelled: bool = True
+    names: tuple[str, ...] = ()
+    skipped: dict[str, str] = field(default_factory=dict)
     scale_checked: bool = field(default=False, repr=False, compare=False)
 
     @property
@@ -112,7 +117,7 @@ class ImageSet:
         return self.labels if self.labelled else None
 
     def __post_init__(self) -> None:
-        check_pixels("pixels", self.pixels)
+        object.__setattr__(self, "pixels", check_pixels("pixels", self.pixels))
         if not self.scale_checked:
             warn_of_scale("pixels", self.pixels)
             object.__setattr__(self, "scale_checked", True)
@@ -120,6 +125,8 @@ class ImageSet:
             raise ValueError(f"labels: got {describe(self.labels)}, expected an int64 tensor of shape ({len(self.pixels)},)")
         if self.factors is not None and len(self.factors) != len(self.pixels):
             raise ValueError(f"factors: got {describe(self.factors)}, expected one row for each of the {len(self.pixels)} images")
+        if len(self.names) not in (0, len(self.pixels)):
+            raise ValueError(f"names: got {len(self.names)}, expected one for each of the {len(self.pixels)} images, or none")
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -127,10 +134,65 @@ class ImageSet:
     def __repr__(self) -> str:
         return f"ImageSet({self.name!r}, {len(self)} images of shape {self.image_shape}, {len(self.classes)} classes)"
 
-    def __getitem__(self, indices: Tensor | slice) -> ImageSet:
-        """The images at `indices` (a tensor or a slice) as a new set."""
+    @overload
+    def __getitem__(self, indices: int) -> tuple[Tensor, int]: ...
+
+    @overload
+    def __getitem__(self, indices: Tensor | slice) -> ImageSet: ...
+
+    def __getitem__(self, indices: Any) -> Any:
+        """The images at `indices` (a tensor or a slice) as a new set; of one index the pixels (C, H, W) and the label.
+
+        So a set is a data set for `torch.utils.data.DataLoader` too, which makes batches of pixels and labels of it.
+        """
+        if isinstance(indices, (int, np.integer)):
+            return self.pixels[int(indices)], int(self.labels[int(indices)])
         factors = None if self.factors is None else self.factors[indices]
-        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], factors=factors)
+        names = self.names and tuple(self.names[i] for i in torch.arange(len(self), device="cpu")[_on_cpu(indices)].tolist())
+        return replace(self, pixels=self.pixels[indices], labels=self.labels[indices], factors=factors, names=names)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        """Pixels (C, H, W) and label of each image."""
+        return zip(self.pixels, self.labels.tolist(), strict=True)
+
+    @classmethod
+    def from_dataset(cls, dataset: Any, image_shape: Sequence[int], name: str = "images", progress: bool = True) -> ImageSet:
+        """The images of a data set of torchvision, torch or Hugging Face, read one by one into ``uint8``.
+
+        An item is an image, or a pair of it and its label, or a dict with ``"image"`` (or ``"img"``) and, where it is labelled,
+        ``"label"``. An image is one of Pillow, which is resized and cropped to its centre, or an array or tensor of `image_shape`:
+        ``uint8``, or floating-point numbers from 0 to 1. Names of the classes are the data set's ``classes``, or of its feature ``label``.
+
+        Args:
+            dataset: what has a length and gives item i by ``dataset[i]``.
+            image_shape: (C, H, W); C is 1 (grey) or 3 (RGB) for images of Pillow.
+            name: where the images come from.
+            progress: show a bar, which says at its start how much memory all pixels take.
+
+        Raises:
+            ValueError: For an empty data set, an item that is none of these, too little memory, or labels for only some.
+        """
+        from tqdm.auto import tqdm
+
+        shape, count = check_image_shape("image_shape", image_shape), len(dataset)
+        if count == 0:
+            raise ValueError("dataset: got an empty one, expected at least one image")
+        size = count * math.prod(shape)
+        try:
+            pixels = torch.empty(count, *shape, dtype=torch.uint8, device="cpu")
+        except RuntimeError as error:
+            raise ValueError(f"dataset: got {count} images, {size / 2**30:.1f} GiB as uint8, more than there is memory for") from error
+        labels: list[Any] = []
+        for i in tqdm(range(count), desc=f"{name}: {size / 2**20:.0f} MiB", unit="image", disable=not progress):
+            image, label = _item(i, dataset[i])
+            pixels[i] = _as_pixels(f"dataset: item {i}", image, shape)
+            labels += [] if label is None else [int(label)]
+        if len(labels) not in (0, count):
+            raise ValueError(f"dataset: got labels for {len(labels)} of {count} items, expected one for each, or none")
+        found = image_set(pixels, labels or None, name)
+        feature = getattr(dataset, "features", None)
+        classes = getattr(dataset, "classes", None) or getattr(feature and feature.get("label"), "names", None)
+        return replace(found, classes=tuple(map(str, classes))) if labels and classes else found
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -203,22 +265,32 @@ def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple
     return images[order[valid_size:]], images[order[:valid_size]]
 
 
+CHUNK = 32  # batches of a set that stays on the host are copied together: fewer and longer copies
+
+
 def minibatches(
-    images: ImageSet, batch_size: int, generator: torch.Generator | None = None, skip: int = 0, field: str = "pixels"
+    images: ImageSet,
+    batch_size: int,
+    generator: torch.Generator | None = None,
+    skip: int = 0,
+    field: str = "pixels",
+    device: torch.device | str | None = None,
 ) -> Iterator[Tensor]:
     """Pixels (B, C, H, W) of one epoch; shuffled where a `generator` is given, in order otherwise.
 
     Every image comes exactly once: the last, smaller batch counts. The first `skip` batches are left out. With the `field`
-    ``"labels"`` the labels (B,) come instead: from a generator of the same seed, those of the same images.
+    ``"labels"`` the labels (B,) come instead: from a generator of the same seed, those of the same images. They are where the set
+    is, or on `device`: then the images of `CHUNK` batches are gathered on the host and copied at once.
     """
     batch_size, skip = check_int("batch_size", batch_size), check_int("skip", skip, minimum=0)
     values = getattr(images, check_choice("field", field, ("pixels", "labels")))
     if generator is None:
-        yield from values.split(batch_size)[skip:]
-        return
-    order = torch.randperm(len(images), generator=generator, device=generator.device).to(values.device)
-    for indices in order.split(batch_size)[skip:]:
-        yield values[indices]
+        order = torch.arange(len(images), device=values.device)
+    else:
+        order = torch.randperm(len(images), generator=generator, device=generator.device).to(values.device)
+    together = batch_size * (1 if device is None else CHUNK)
+    for indices in order[skip * batch_size :].split(together):
+        yield from values[indices].to(values.device if device is None else device).split(batch_size)
 
 
 def _missing(name: str, root: Path) -> list[str]:
@@ -343,9 +415,57 @@ def _shapes(split: str) -> ImageSet:
     return ImageSet(pixels, kind, SHAPES, "shapes", factors, SHAPE_FACTORS)
 
 
+def _on_cpu(indices: Any) -> Any:
+    return indices.cpu() if isinstance(indices, Tensor) else indices
+
+
+def _item(i: int, item: Any) -> tuple[Any, Any]:
+    """Image and label (None without one) of item i of a data set."""
+    if isinstance(item, dict):
+        key = next((key for key in ("image", "img") if key in item), None)
+        if key is None:
+            raise ValueError(f"dataset: item {i} is a dict of {', '.join(map(repr, item))}, expected one with 'image' or 'img'")
+        return item[key], item.get("label")
+    if isinstance(item, (tuple, list)):
+        return item[0], item[1] if len(item) > 1 else None
+    return item, None
+
+
+def _as_pixels(what: str, image: Any, shape: tuple[int, int, int]) -> Tensor:
+    """One image of Pillow, of NumPy or of torch as ``uint8`` (C, H, W)."""
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return fitted(image, shape)
+    try:
+        values = torch.as_tensor(image, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{what} is {describe(image)}, expected an image of Pillow, an array or a tensor") from error
+    if values.shape == shape[1:] and shape[0] == 1:
+        values = values[None]
+    if values.shape != shape and values.dim() == 3 and isinstance(image, np.ndarray):
+        values = values.permute(2, 0, 1)  # arrays have their channels last
+    if values.shape != shape:
+        raise ValueError(f"{what} has the shape {tuple(values.shape)}, expected {shape}; only images of Pillow are resized")
+    if values.is_floating_point() and values.min() >= 0 and values.max() <= 1:
+        return (255 * values).round().to(torch.uint8)
+    if values.dtype != torch.uint8:
+        raise ValueError(f"{what} is {describe(values)}, expected uint8, or floating-point numbers from 0 to 1")
+    return values
+
+
+def as_image_set(argument: str, images: Any) -> ImageSet:
+    """An `ImageSet` as it is; a ``uint8`` tensor or NumPy array (N, C, H, W) as one without labels."""
+    if isinstance(images, ImageSet):
+        return images
+    if not isinstance(images, (Tensor, np.ndarray)):
+        raise ValueError(f"{argument}: got {describe(images)}, expected an ImageSet, or a uint8 tensor or array (N, C, H, W)")
+    return image_set(check_pixels(argument, images))
+
+
 def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name: str = "images") -> ImageSet:
-    """Wrap a ``uint8`` tensor (N, C, H, W) of your own; without labels all are 0, and the set is not `labelled`."""
-    check_pixels("pixels", pixels)
+    """Wrap a ``uint8`` tensor or array (N, C, H, W) of your own; without labels all are 0, and the set is not `labelled`."""
+    pixels = check_pixels("pixels", pixels)
     try:
         codes = torch.as_tensor([0] * len(pixels) if labels is None else labels, device=pixels.device)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -355,14 +475,6 @@ def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name
         raise ValueError(f"labels: got {describe(labels)}, expected whole numbers of at least 0")
     codes = codes.long()
     return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name, labelled=labels is not None)
-
-
-class ImageFolder(NamedTuple):
-    """Images of a folder: `pixels` uint8 (N, C, H, W), their files' `names` within it, and the reason for each file `skipped`."""
-
-    pixels: Tensor
-    names: tuple[str, ...]
-    skipped: dict[str, str]
 
 
 def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
@@ -376,9 +488,9 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
     """
     from PIL import Image, ImageOps
 
-    channels, height, width = check_image_shape("image_shape", image_shape)
-    if channels not in (1, 3):
-        raise ValueError(f"image_shape: got {channels} channels, expected 1 (grey) or 3 (RGB) for an image file")
+    shape = check_image_shape("image_shape", image_shape)
+    if shape[0] not in (1, 3):
+        raise ValueError(f"image_shape: got {shape[0]} channels, expected 1 (grey) or 3 (RGB) for an image file")
     try:
         with Image.open(as_path(path)) as file:
             image = ImageOps.exif_transpose(file)
@@ -388,13 +500,23 @@ def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
             elif image.mode in ("I", "F"):
                 kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
                 raise ValueError(f"its pixels are {kind} on a scale that is not known, expected 8 or 16 bits")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            fitted = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
+            return fitted(image, shape)
     except Exception as error:  # Pillow's readers raise errors of many kinds on a broken file
         raise ValueError(f"path: got {path}, expected an image file ({error})") from error
-    return torch.from_numpy(np.array(fitted)).view(height, width, channels).permute(2, 0, 1).contiguous()
+
+
+def fitted(image: Any, shape: tuple[int, int, int]) -> Tensor:
+    """An image of Pillow, white behind what is transparent, resized and cropped to its centre: ``uint8`` (C, H, W)."""
+    from PIL import Image, ImageOps
+
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"image_shape: got {channels} channels, expected 1 (grey) or 3 (RGB) for an image file")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1).contiguous()
 
 
 def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
@@ -422,9 +544,11 @@ def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
                 yield entry, "" if entry.is_file() else "a broken link"
 
 
-def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
+def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageSet:
     """All image files of a folder and its subfolders, sorted by name, see `read_image`; other and broken files are skipped.
 
+    The set's `names` are the files' within the folder, its `skipped` what could not be read, with the reasons. Where every image
+    lies in a subfolder, the subfolders are the classes; else the set has no labels.
     Links are followed, but into no folder twice; broken ones and folders that cannot be read are among the skipped. Hidden files and
     folders (the name begins with a dot) are left out silently, and so is `__MACOSX`, which zip files of macOS bring along.
 
@@ -449,4 +573,8 @@ def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageFolder:
             reason = str(error)
     if not found:
         raise ValueError(f"path: got {path}, expected a folder with an image that can be read; {len(skipped)} cannot ({reason})")
-    return ImageFolder(torch.stack(list(found.values())), tuple(found), skipped)
+    folders = [name.partition("/")[0] for name in found if "/" in name]
+    classes = sorted(set(folders)) if len(folders) == len(found) else []
+    pixels, codes = torch.stack(list(found.values())), [classes.index(folder) for folder in folders] if classes else None
+    images = image_set(pixels, codes, path.resolve().name)
+    return replace(images, classes=tuple(classes) or images.classes, names=tuple(found), skipped=skipped)

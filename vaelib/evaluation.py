@@ -425,7 +425,7 @@ def active_units(model: VAE, images: ImageSet | Tensor, threshold: float = 0.01,
     eq. active-units. Burda, Grosse and Salakhutdinov 2016, section 5.
     """
     check_number("threshold", threshold)
-    if len(images if isinstance(images, Tensor) else images.pixels) < 2:
+    if len(images) < 2:
         raise ValueError("images: got one image, expected at least two: a variance over images is asked for")
     return posterior_means(model, images, batch_size, seed).var(0) > threshold
 

@@ -66,14 +66,15 @@ def reconstruct(model: VAE, pixels: Tensor, seed: int = 0) -> Tensor:
         >>> vaelib.reconstruct(model, vaelib.load_images("digits", "test").pixels[:4]).shape
         torch.Size([4, 1, 28, 28])
     """
-    warn_of_scale("pixels", check_pixels("pixels", pixels, model.image_shape))
+    pixels = check_pixels("pixels", pixels, model.image_shape)
+    warn_of_scale("pixels", pixels)
     with evaluating(model):
         return torch.cat([decode_pixels(model, model.encode(x).mean) for x, _ in observations(model, pixels, 1000, seed)])
 
 
 def mean_code(model: VAE, name: str, image: Tensor, seed: int = 0) -> Tensor:
     """The posterior mean of one image, (C, H, W) or (1, C, H, W) ``uint8``: (1, L), on the CPU."""
-    image = check_pixels(name, image if not isinstance(image, Tensor) or image.dim() == 4 else image[None], model.image_shape)
+    image = check_pixels(name, image[None] if getattr(image, "ndim", 4) == 3 else image, model.image_shape)
     if len(image) != 1:
         raise ValueError(f"{name}: got {len(image)} images, expected one")
     return posterior_means(model, image, seed=seed)

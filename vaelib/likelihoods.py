@@ -59,8 +59,7 @@ class Likelihood(nn.Module):
 
     def observe(self, pixels: Tensor, generator: torch.Generator | None = None, uniform: Tensor | None = None) -> Tensor:
         """Pixels (N, C, H, W) ``uint8`` -> x (N, C, H, W) float32; here x = pixels / 127.5 - 1, in [-1, 1]."""
-        check_pixels("pixels", pixels)
-        return pixels.float() / 127.5 - 1
+        return check_pixels("pixels", pixels).float() / 127.5 - 1
 
     def to_pixels(self, x: Tensor) -> Tensor:
         """x (or its mean) -> ``uint8`` pixels, rounded to the nearest level and clamped to 0..255."""
@@ -144,7 +143,7 @@ class Bernoulli(Likelihood):
 
         The draw comes from `uniform` (same shape, in [0, 1)) where it is given, else from `generator`.
         """
-        check_pixels("pixels", pixels)
+        pixels = check_pixels("pixels", pixels)
         if self.binarize == "threshold":
             return (pixels >= 128).float()
         if uniform is not None:

@@ -159,6 +159,6 @@ def gaussian_pixels_log_prob(train: Tensor, test: Tensor, seed: int = 0) -> Tens
     Raises:
         ValueError: If the images differ in shape.
     """
-    check_pixels("train", train)
+    train = check_pixels("train", train)
     x = dequantized(check_pixels("test", test, train.shape[1:]), seed)
     return principal_components(*pixel_moments(train)).log_prob(x)

@@ -59,7 +59,7 @@ def use_style() -> None:
 
 def tile(pixels: Tensor, columns: int | None = None, gap: int = 1, ground: int = 255) -> np.ndarray:
     """Images side by side in one array: ``uint8`` (N, C, H, W) -> (rows, width) or (rows, width, 3)."""
-    check_pixels("pixels", pixels)
+    pixels = check_pixels("pixels", pixels)
     count, channels, height, width = pixels.shape
     columns = check_int("columns", columns) if columns is not None else math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
@@ -81,7 +81,8 @@ def show_images(
 ) -> Figure:
     """A grid of images; `row_labels` name its rows, `scale` is the size of one image in inches."""
     with style():
-        count = len(check_pixels("pixels", pixels))
+        pixels = check_pixels("pixels", pixels)
+        count = len(pixels)
         columns = columns or math.ceil(math.sqrt(count))
         rows = math.ceil(count / columns)
         if ax is None:

@@ -39,7 +39,7 @@ class FeatureNet(nn.Module):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 1, 28, 28) ``uint8`` -> (N, 64) float32, not below 0."""
-        check_pixels("pixels", pixels, (1, 28, 28))
+        pixels = check_pixels("pixels", pixels, (1, 28, 28))
         return F.relu(self.hidden(pixels.to(self.head.weight.device).float() / 255))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -58,8 +58,7 @@ def mnist_features() -> FeatureNet:
 
 def features_of(net: nn.Module, images: ImageSet | Tensor, batch_size: int = 100) -> Tensor:
     """`net.features` of every image, in chunks (of which 100 stay in a CPU's cache) and without a graph: (N, D) float32, on the CPU."""
-    pixels = images.pixels if isinstance(images, ImageSet) else images
-    check_pixels("images", pixels)
+    pixels = check_pixels("images", images)
     with evaluating(net):
         chunks = pixels.split(check_int("batch_size", batch_size))
         return torch.cat([net.features(chunk).cpu() for chunk in chunks])  # type: ignore[operator]
@@ -161,8 +160,8 @@ def nearest_training_images(fake: ImageSet | Tensor, train: ImageSet | Tensor, k
     The distance is Euclidean over pixels on their scale 0..255. Distances far below those of held-out images are a sign of memorized
     training images; ordinary ones rule out exact copies only, since a shifted copy is far away. Memory: the images in float32.
     """
-    fake, train = (images.pixels if isinstance(images, ImageSet) else images for images in (fake, train))
-    check_pixels("fake", fake, check_pixels("train", train).shape[1:])
+    train = check_pixels("train", train)
+    fake = check_pixels("fake", fake, train.shape[1:])
     scale = 2.0 ** math.ceil(math.log2(255 * math.sqrt(train[0].numel())))  # a power of 2: exact, and no image is longer than 1
     found = nearest_neighbours(fake.flatten(1) / scale, train.flatten(1) / scale, k, block=block)
     return Neighbours(found.indices, found.distances * scale)
@@ -177,9 +176,9 @@ def inception_fid(real: ImageSet | Tensor, fake: ImageSet | Tensor, batch_size: 
     Raises:
         ValueError: If the packages are not installed or the weights are not to be had, or for bad images.
     """
-    sets = [images.pixels if isinstance(images, ImageSet) else images for images in (real, fake)]
+    sets = [check_pixels(name, images) for name, images in (("real", real), ("fake", fake))]
     for name, pixels in zip(("real", "fake"), sets, strict=True):
-        if check_pixels(name, pixels).shape[1] not in (1, 3) or len(pixels) < 2:
+        if pixels.shape[1] not in (1, 3) or len(pixels) < 2:
             raise ValueError(f"{name}: got {describe(pixels)}, expected at least two images with 1 or 3 channels")
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance

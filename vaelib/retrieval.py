@@ -430,6 +430,7 @@ class LatentIndex:
         """
         new = self._encode(images, batch_size)
         count = len(new.mean)
+        names = names or getattr(images, "names", ())
         labelled = isinstance(images, ImageSet) and images.labelled
         classes = images.classes if labelled else ()  # type: ignore[union-attr]
         labels = images.labels.cpu() if labelled else torch.full((count,), -1, device="cpu")  # type: ignore[union-attr]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vaelib._validation import as_path, check_choice, check_flag, check_int, check_number, check_seed, describe, plain
 from vaelib.checkpoints import FILE, fingerprint, read_checkpoint, write_checkpoint
-from vaelib.data import ImageSet, minibatches
+from vaelib.data import ImageSet, as_image_set, minibatches
 from vaelib.distributed import Group, join
 from vaelib.objectives import ElboTerms, free_bits_kl, loss
 from vaelib.storage import BROKEN, only_writer, write_text
@@ -415,6 +415,14 @@ class Run:
             torch._foreach_copy_(parameters, own)
 
 
+def fits(device: torch.device, images: ImageSet, valid: ImageSet | None) -> bool:
+    """Whether the sets may stay on the device: anywhere but on CUDA, and there if they take at most half of its free memory."""
+    if device.type != "cuda":
+        return True
+    taken = sum(part.nbytes for each in (images, valid) if each is not None for part in (each.pixels, each.labels))
+    return 2 * taken <= torch.cuda.mem_get_info(device)[0]
+
+
 def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> None:
     """FloatingPointError that names epoch, step and what is no longer finite: a term of the loss, every gradient, or a weight.
 
@@ -467,10 +475,8 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
             f"model: got weights of {dtypes.pop()}, expected torch.float32; precision='bf16' is an argument of TrainConfig"
         )
     for name, these in (("images", images), ("valid", valid)):
-        if these is None and name == "valid":
+        if these is None:
             continue
-        if not isinstance(these, ImageSet):
-            raise ValueError(f"{name}: got {describe(these)}, expected an ImageSet")
         if these.image_shape != model.image_shape:
             raise ValueError(f"{name}: got images of shape {these.image_shape}, expected {model.image_shape} as the model has")
         labels_for(model, name, these)
@@ -522,8 +528,8 @@ def epoch_record(run: Run, epoch: int, valid: ImageSet | None, seed: int, group:
 
 def fit(
     model: VAE,
-    images: ImageSet,
-    valid: ImageSet | None = None,
+    images: ImageSet | Tensor,
+    valid: ImageSet | Tensor | None = None,
     config: TrainConfig | None = None,
     folder: str | Path | None = None,
     resume: bool = False,
@@ -531,7 +537,8 @@ def fit(
 ) -> History:
     """Maximize the ELBO of `images`; the model is trained in place and ends on the chosen device.
 
-    All images go to the device once; a minibatch is an index slice there, made the model's x by the likelihood. Ctrl-C ends the
+    All images go to the device once; a minibatch is an index slice there, made the model's x by the likelihood. (A set of more than
+    half of a GPU's free memory stays on the host, and comes in chunks of some batches.) Ctrl-C ends the
     training after the step that it came in, keeps what was learned and returns the history; a second one does not wait. Under
     `torchrun` the processes share each batch. A run that diverged ends with a warning, see `History`.
 
@@ -563,7 +570,8 @@ def fit(
         True
     """
     config = config or TrainConfig()
-    if isinstance(config, TrainConfig) and isinstance(images, ImageSet) and config.batch_size == TrainConfig.batch_size:
+    images, valid = as_image_set("images", images), None if valid is None else as_image_set("valid", valid)
+    if isinstance(config, TrainConfig) and config.batch_size == TrainConfig.batch_size:
         config = replace(config, batch_size=min(config.batch_size, len(images)))
     check_arguments(model, images, valid, config)
     if folder is None and (resume or tensorboard):
@@ -607,8 +615,9 @@ def _fit(
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
-    images = images.to(device)
-    valid = None if valid is None else valid.to(device)
+    resident = fits(device, images, valid)
+    if resident:
+        images, valid = images.to(device), None if valid is None else valid.to(device)
     forward: Callable[..., ElboTerms] = model
     if group.size > 1:  # this also makes all processes start from the first one's weights
         forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
@@ -660,7 +669,11 @@ def _fit(
             start = time.perf_counter() - run.elapsed
             model.train()
             done = run.step - (epoch - 1) * steps_per_epoch  # above 0 only on resume
-            batches = (minibatches(images, config.batch_size, epoch_order(config.seed, epoch), done, field) for field in of_batch)
+            order = (epoch_order(config.seed, epoch) for _ in of_batch)  # the same for each
+            batches = (
+                minibatches(images, config.batch_size, generator, done, field, None if resident else device)
+                for field, generator in zip(of_batch, order, strict=True)
+            )
             for row, batch in enumerate(zip(*batches, strict=True), done):
                 for options, peak in zip(run.optimizer.param_groups, peaks, strict=True):
                     options["lr"] = peak * rate_factor(run.step)

@@ -230,8 +230,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (x, keys) on the model's device; an image's x and its key don't depend on the chunk that it is in."""
-    check_pixels("pixels", pixels, model.image_shape)
-    for chunk in pixels.split(check_int("batch_size", batch_size)):
+    for chunk in check_pixels("pixels", pixels, model.image_shape).split(check_int("batch_size", batch_size)):
         chunk = chunk.to(model.device)
         keys = noise.image_keys(chunk, seed)
         uniform = noise.uniform_noise(keys, chunk.shape[1:], noise.OBSERVE)
@@ -259,8 +258,9 @@ def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: i
     if isinstance(images, ImageSet):
         pixels, labels = images.pixels, labels_for(model, "images", images)
     else:
-        pixels, labels = images, None
-        warn_of_scale("pixels", check_pixels("pixels", pixels, model.image_shape))
+        pixels, labels = check_pixels("pixels", images, model.image_shape), None
+        model.given(labels)
+        warn_of_scale("pixels", pixels)
     start = 0
     for x, keys in observations(model, pixels, batch_size, seed):
         yield model.given(None if labels is None else labels[start : start + len(x)], validate=False), x, keys
