@@ -142,12 +142,14 @@ def test_an_own_likelihood_is_trained_saved_and_right(digits, binary, plane, tmp
         register_likelihood("gaussian")(laplace)
 
     model = plane_vae(likelihood=laplace(4.0))
+    with torch.no_grad():
+        model.encoder.head.weight.div_(6)  # a q as wide as the posterior, so that no single draw carries the estimate
     x = model.likelihood.observe(binary.pixels)
     evidence, elbo = exact(model, x, plane)
     with torch.no_grad():
         log_weights = model.log_weights(x, 20_000, generator=torch.Generator().manual_seed(1))
     errors = log_weights.std(0) / math.sqrt(20_000), (log_weights - evidence).exp().std(0) / math.sqrt(20_000)
-    assert torch.stack(errors).max() < 0.2
+    assert torch.stack(errors).max() < 0.05
     assert ((heldout_elbo(model, binary, num_samples=20_000).elbo - elbo).abs() < 5 * errors[0] + 0.01).all()
     assert ((log_likelihood(model, binary, 20_000, sample_batch=5000) - evidence).abs() < 5 * errors[1] + 0.01).all()
 
