@@ -102,7 +102,7 @@ def imports_of(module):
 
 
 ORDER = [
-    *("_validation", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "hierarchical", "conditional"),
+    *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "hierarchical", "conditional"),
     *("storage", "checkpoints", "distributed", "training", "evaluation", "reproduce", "generation", "priors", "retrieval", "quality"),
     *("oracles", "checks", "ledger", "plotting", "widgets", "cli"),
 ]

@@ -30,6 +30,8 @@ from vaelib._validation import (
     describe,
     warn_of_scale,
 )
+from vaelib.files import as_pixels, image_and_label, read_files
+from vaelib.files import read_image as read_image
 
 DIGITS = tuple("0123456789")
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -184,8 +186,8 @@ class ImageSet:
             raise ValueError(f"dataset: got {count} images, {size / 2**30:.1f} GiB as uint8, more than there is memory for") from error
         labels: list[Any] = []
         for i in tqdm(range(count), desc=f"{name}: {size / 2**20:.0f} MiB", unit="image", disable=not progress):
-            image, label = _item(i, dataset[i])
-            pixels[i] = _as_pixels(f"dataset: item {i}", image, shape)
+            image, label = image_and_label(i, dataset[i])
+            pixels[i] = as_pixels(f"dataset: item {i}", image, shape)
             labels += [] if label is None else [int(label)]
         if len(labels) not in (0, count):
             raise ValueError(f"dataset: got labels for {len(labels)} of {count} items, expected one for each, or none")
@@ -419,41 +421,6 @@ def _on_cpu(indices: Any) -> Any:
     return indices.cpu() if isinstance(indices, Tensor) else indices
 
 
-def _item(i: int, item: Any) -> tuple[Any, Any]:
-    """Image and label (None without one) of item i of a data set."""
-    if isinstance(item, dict):
-        key = next((key for key in ("image", "img") if key in item), None)
-        if key is None:
-            raise ValueError(f"dataset: item {i} is a dict of {', '.join(map(repr, item))}, expected one with 'image' or 'img'")
-        return item[key], item.get("label")
-    if isinstance(item, (tuple, list)):
-        return item[0], item[1] if len(item) > 1 else None
-    return item, None
-
-
-def _as_pixels(what: str, image: Any, shape: tuple[int, int, int]) -> Tensor:
-    """One image of Pillow, of NumPy or of torch as ``uint8`` (C, H, W)."""
-    from PIL import Image
-
-    if isinstance(image, Image.Image):
-        return fitted(image, shape)
-    try:
-        values = torch.as_tensor(image, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{what} is {describe(image)}, expected an image of Pillow, an array or a tensor") from error
-    if values.shape == shape[1:] and shape[0] == 1:
-        values = values[None]
-    if values.shape != shape and values.dim() == 3 and isinstance(image, np.ndarray):
-        values = values.permute(2, 0, 1)  # arrays have their channels last
-    if values.shape != shape:
-        raise ValueError(f"{what} has the shape {tuple(values.shape)}, expected {shape}; only images of Pillow are resized")
-    if values.is_floating_point() and values.min() >= 0 and values.max() <= 1:
-        return (255 * values).round().to(torch.uint8)
-    if values.dtype != torch.uint8:
-        raise ValueError(f"{what} is {describe(values)}, expected uint8, or floating-point numbers from 0 to 1")
-    return values
-
-
 def as_image_set(argument: str, images: Any) -> ImageSet:
     """An `ImageSet` as it is; a ``uint8`` tensor or NumPy array (N, C, H, W) as one without labels."""
     if isinstance(images, ImageSet):
@@ -477,73 +444,6 @@ def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name
     return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name, labelled=labels is not None)
 
 
-def read_image(path: str | Path, image_shape: Sequence[int]) -> Tensor:
-    """An image file of any format that Pillow reads, as ``uint8`` (C, H, W): turned upright, resized, cropped to its centre.
-
-    What is transparent shows white behind it. 16 bits per pixel are scaled to 8; 32-bit integers and floating-point numbers are refused,
-    since the file does not say which of them are black and white.
-
-    Raises:
-        ValueError: If the file is missing, no whole image or of such numbers, or if `image_shape` asks for other than 1 or 3 channels.
-    """
-    from PIL import Image, ImageOps
-
-    shape = check_image_shape("image_shape", image_shape)
-    if shape[0] not in (1, 3):
-        raise ValueError(f"image_shape: got {shape[0]} channels, expected 1 (grey) or 3 (RGB) for an image file")
-    try:
-        with Image.open(as_path(path)) as file:
-            image = ImageOps.exif_transpose(file)
-            wide = image.mode == "I" and file.format in ("PPM", "PNG")  # 16 bits, of which Pillow makes 32
-            if wide or image.mode.startswith("I;16"):  # Pillow would clip the 65536 levels at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            elif image.mode in ("I", "F"):
-                kind = "32-bit integers" if image.mode == "I" else "floating-point numbers"
-                raise ValueError(f"its pixels are {kind} on a scale that is not known, expected 8 or 16 bits")
-            return fitted(image, shape)
-    except Exception as error:  # Pillow's readers raise errors of many kinds on a broken file
-        raise ValueError(f"path: got {path}, expected an image file ({error})") from error
-
-
-def fitted(image: Any, shape: tuple[int, int, int]) -> Tensor:
-    """An image of Pillow, white behind what is transparent, resized and cropped to its centre: ``uint8`` (C, H, W)."""
-    from PIL import Image, ImageOps
-
-    channels, height, width = shape
-    if channels not in (1, 3):
-        raise ValueError(f"image_shape: got {channels} channels, expected 1 (grey) or 3 (RGB) for an image file")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("L" if channels == 1 else "RGB"), (width, height))
-    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1).contiguous()
-
-
-def files_below(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Each file below a folder, through links too, with "" or the reason why it cannot be read; see `load_folder`."""
-    links: list[Path] = []
-    folders, seen = [folder], set()  # links are followed last, so that a folder has the name of its own where it has one
-    while folders or links:
-        folder = folders.pop() if folders else links.pop(0)
-        try:
-            identity = folder.stat()
-            if (identity.st_dev, identity.st_ino) in seen:
-                yield folder, "a link to a folder that was read before"
-                continue
-            seen.add((identity.st_dev, identity.st_ino))
-            entries = sorted(folder.iterdir())
-        except OSError as error:
-            yield folder, error.strerror or str(error)
-            continue
-        for entry in entries:
-            if entry.name.startswith(".") or entry.name == "__MACOSX":
-                continue
-            if entry.is_dir():
-                (links if entry.is_symlink() else folders).append(entry)
-            elif entry.is_file() or entry.is_symlink():
-                yield entry, "" if entry.is_file() else "a broken link"
-
-
 def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageSet:
     """All image files of a folder and its subfolders, sorted by name, see `read_image`; other and broken files are skipped.
 
@@ -555,24 +455,8 @@ def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageSet:
     Raises:
         ValueError: If `path` is no folder, or no image in it can be read.
     """
-    path, found, skipped, reason = as_path(path), {}, {}, "it has no files"
-    if not path.is_dir():
-        raise ValueError(f"path: got {path}, expected a folder; {'it is a file' if path.exists() else 'there is none'}")
-    for file, problem in sorted(files_below(path)):
-        name = file.relative_to(path).as_posix()
-        if problem:
-            skipped[name] = reason = problem
-            continue
-        try:
-            found[name] = read_image(file, image_shape)
-        except ValueError as error:
-            text = str(error.__cause__ or error)
-            for form in (file, file.resolve()):  # Pillow names one or the other, by its version
-                text = text.replace(repr(str(form)), "")
-            skipped[name] = text.strip(" :")
-            reason = str(error)
-    if not found:
-        raise ValueError(f"path: got {path}, expected a folder with an image that can be read; {len(skipped)} cannot ({reason})")
+    path = as_path(path)
+    found, skipped = read_files(path, image_shape)
     folders = [name.partition("/")[0] for name in found if "/" in name]
     classes = sorted(set(folders)) if len(folders) == len(found) else []
     pixels, codes = torch.stack(list(found.values())), [classes.index(folder) for folder in folders] if classes else None
