@@ -264,14 +264,15 @@ def test_what_is_no_image_is_named(digits):
 # --- larger than the device
 
 
-@pytest.mark.parametrize("skip", [0, 3, 40])
+@pytest.mark.parametrize("skip", [0, 3, 40, 60, 61])
 def test_a_set_on_the_host_gives_the_same_batches_in_chunks(skip, digits):
     for field in ("pixels", "labels"):
         resident, host = (
             list(vaelib.minibatches(digits, 25, torch.Generator().manual_seed(1), skip, field, device)) for device in (None, "cpu")
         )
         assert [len(batch) for batch in host] == [len(batch) for batch in resident]
-        assert torch.equal(torch.cat(host), torch.cat(resident))
+        assert sum(map(len, host)) == max(0, 1500 - 25 * skip)
+        assert all(map(torch.equal, host, resident))
 
 
 def test_a_set_that_does_not_fit_the_device_is_trained_on_from_the_host(digits, monkeypatch):

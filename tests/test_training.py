@@ -272,7 +272,8 @@ def test_fit_refuses_what_does_not_fit(model, split):
     cases = [
         ((small,), {}, r"images: got images of shape \(1, 8, 8\), expected \(1, 28, 28\)"),
         ((train, small), {}, r"valid: got images of shape \(1, 8, 8\)"),
-        ((train.pixels,), {}, "images: got a uint8 tensor .*, expected an ImageSet"),
+        ((train.pixels.float(),), {}, "images: got a float32 tensor .*, expected pixels: a uint8 tensor"),
+        ((["a.png"],), {}, "images: got list .*, expected an ImageSet, or a uint8 tensor"),
         ((train,), {"config": TrainConfig(batch_size=501)}, "batch_size: got 501, expected at most the 500 images"),
         ((train,), {"config": TrainConfig(patience=3)}, "patience: .*expected valid"),
         ((train,), {"config": {"epochs": 3}}, "config: got dict .*, expected a TrainConfig"),

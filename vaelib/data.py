@@ -291,7 +291,8 @@ def minibatches(
     else:
         order = torch.randperm(len(images), generator=generator, device=generator.device).to(values.device)
     together = batch_size * (1 if device is None else CHUNK)
-    for indices in order[skip * batch_size :].split(together):
+    rest = order[skip * batch_size :]
+    for indices in rest.split(together) if len(rest) else ():  # an empty tensor splits into one empty part
         yield from values[indices].to(values.device if device is None else device).split(batch_size)
 
 

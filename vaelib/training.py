@@ -416,11 +416,14 @@ class Run:
 
 
 def fits(device: torch.device, images: ImageSet, valid: ImageSet | None) -> bool:
-    """Whether the sets may stay on the device: anywhere but on CUDA, and there if they take at most half of its free memory."""
+    """Whether the sets may stay on the device: anywhere but on CUDA, and there if they take at most half of the memory that is free."""
     if device.type != "cuda":
         return True
     taken = sum(part.nbytes for each in (images, valid) if each is not None for part in (each.pixels, each.labels))
-    return 2 * taken <= torch.cuda.mem_get_info(device)[0]
+    try:
+        return 2 * taken <= torch.cuda.mem_get_info(device)[0]
+    except RuntimeError:  # a device that does not say
+        return True
 
 
 def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> None:
