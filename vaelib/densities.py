@@ -143,7 +143,7 @@ class Draw(NamedTuple):
 
     @property
     def log_weights(self) -> Tensor:
-        """log p(x, z_k) - log q(z_k given x): (K, N), nats. eq. log-weights"""
+        """The log of each draw's importance weight, log p(x, z_k) - log q(z_k given x), (K, N), nats. eq. log-weights"""
         log_weights: Tensor = self.log_likelihood + self.p.log_prob(self.z) - self.q.log_prob(self.z)
         return log_weights
 
