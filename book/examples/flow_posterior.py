@@ -1,4 +1,6 @@
-"""A posterior that is no diagonal Gaussian: a coupling flow (Dinh, Krueger and Bengio 2015) behind one.
+"""A posterior that is no diagonal Gaussian: a coupling flow behind one.
+
+Dinh, Krueger and Bengio 2015.
 
     model = vaelib.mlp_vae((1, 28, 28), (400,), 20)
     model.encoder = FlowEncoder(model.encoder, latent_dim=20)
@@ -12,11 +14,14 @@ import vaelib
 
 
 class Flow:
-    """q(z given x): a draw (a, b) of the Gaussian `base` becomes z = (a, b + t(a)), which keeps volumes and can be undone."""
+    """q(z given x): a draw (a, b) of the Gaussian `base` becomes (a, b + t(a)).
+
+    That keeps volumes, and can be undone.
+    """
 
     def __init__(self, base, t):
         self.base, self.t = base, t
-        self.mean = self.moved(base.mean, 1)  # where the base's mean goes: what the images are compared by
+        self.mean = self.moved(base.mean, 1)  # where the base's mean goes
 
     def moved(self, z, sign):  # (..., L) -> (..., L)
         a, b = z.chunk(2, dim=-1)
@@ -30,12 +35,14 @@ class Flow:
 
 
 class FlowEncoder(nn.Module):
-    """An encoder to (mean, log_var) with a flow behind it, the same for all images."""
+    """An encoder to (mean, log_var), and one flow behind it for all images."""
 
     def __init__(self, encoder, latent_dim):
         super().__init__()
         self.encoder = encoder
-        self.t = nn.Sequential(nn.Linear(latent_dim // 2, 64), nn.Tanh(), nn.Linear(64, latent_dim // 2))
+        half = latent_dim // 2
+        layers = nn.Linear(half, 64), nn.Tanh(), nn.Linear(64, half)
+        self.t = nn.Sequential(*layers)
 
     def forward(self, x):
         return Flow(vaelib.Posterior(*self.encoder(x)), self.t)
