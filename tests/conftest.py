@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import math
 import os
 import shutil
 import subprocess
@@ -124,3 +125,17 @@ def address():
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def binary():
+    """Images of black and white, of which nothing is drawn."""
+    pixels = 255 * torch.randint(2, (12, 1, 4, 4), generator=torch.Generator().manual_seed(4))
+    return vaelib.image_set(pixels.to(torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def plane():
+    """Points of the plane, (M, 2), and the log of the area that each stands for."""
+    line = torch.linspace(-9.0, 9.0, 401)
+    return torch.cartesian_prod(line, line), 2 * math.log(18.0 / 400)

@@ -14,7 +14,6 @@ from vaelib.evaluation import annealed_log_likelihood, inference_gaps, kl_per_un
 
 QUIET = {"progress": False, "device": "cpu"}
 EXAMPLES = Path(__file__).parent.parent / "book" / "examples"
-SIDE, REACH = 401, 9.0
 
 
 def example(name):
@@ -74,20 +73,6 @@ MODELS = {"vamp prior": with_vamp_prior, "flow": with_flow, "flow and mixture": 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
 def model(request):
     return request.param()
-
-
-@pytest.fixture(scope="module")
-def binary():
-    """Images of black and white, of which nothing is drawn."""
-    pixels = 255 * torch.randint(2, (12, 1, 4, 4), generator=torch.Generator().manual_seed(4))
-    return image_set(pixels.to(torch.uint8))
-
-
-@pytest.fixture(scope="module")
-def plane():
-    """Points of the plane, (M, 2), and the log of the area that each stands for."""
-    line = torch.linspace(-REACH, REACH, SIDE)
-    return torch.cartesian_prod(line, line), 2 * math.log(2 * REACH / (SIDE - 1))
 
 
 def exact(model, x, plane):

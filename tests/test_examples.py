@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_densities import EXAMPLES, REACH, SIDE, exact, example, plane_vae
+from test_densities import EXAMPLES, exact, example, plane_vae
 
 import vaelib
 from vaelib import TrainConfig, evaluate, fit, heldout_elbo, image_set, log_likelihood, mlp_vae, register_likelihood, register_model
@@ -21,20 +21,9 @@ STATEMENTS = {"flow_posterior": 20, "laplace": 13, "mmd": 6, "own_encoder": 6, "
 def _registries(monkeypatch):
     """What an example registers is forgotten after the test."""
     monkeypatch.setattr(vaelib.likelihoods, "LIKELIHOODS", dict(vaelib.likelihoods.LIKELIHOODS))
-    for module in (vaelib.vae, vaelib.storage):
-        monkeypatch.setattr(module, "MODELS", vaelib.vae.MODELS if module is vaelib.storage else dict(vaelib.vae.MODELS))
-
-
-@pytest.fixture(scope="module")
-def binary():
-    """Images of black and white, of which nothing is drawn."""
-    return image_set((255 * torch.randint(2, (12, 1, 4, 4), generator=torch.Generator().manual_seed(4))).to(torch.uint8))
-
-
-@pytest.fixture(scope="module")
-def plane():
-    line = torch.linspace(-REACH, REACH, SIDE)
-    return torch.cartesian_prod(line, line), 2 * math.log(2 * REACH / (SIDE - 1))
+    models = dict(vaelib.vae.MODELS)
+    for module in (vaelib.vae, vaelib.storage):  # both hold the name
+        monkeypatch.setattr(module, "MODELS", models)
 
 
 def statements(path):

@@ -276,8 +276,7 @@ def train(
 
 def folder_shape(folder: str, data: str, size: str, grey: bool) -> tuple[int, int, int]:
     """The shape that a folder's images are given, from --size and --grey; ValueError where these options do not fit together."""
-    if folder and data:
-        raise ValueError("folder: got it beside --data, expected one of the two")
+    check_one_source(folder, data)
     if not folder and (size or grey):
         raise ValueError(f"{'size' if size else 'grey'}: got it without --folder, expected it beside --folder only")
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3})?", size or "64"):
@@ -310,6 +309,22 @@ def metrics_of(record: Path) -> dict[str, Any]:
 def images_named(data: str, split: str = "train") -> ImageSet:
     """The image set that --data names."""
     return load_images(check_choice("data", data, NAMES), split)
+
+
+def check_one_source(folder: str, data: str, split: str = "") -> None:
+    """ValueError if --folder came beside an option that names a set."""
+    if folder and (data or split):
+        raise ValueError(f"folder: got it beside {'--data' if data else '--split'}, expected one of the two")
+
+
+def images_asked_for(run: Path, model: VAE, folder: str, data: str, split: str) -> tuple[ImageSet, dict[str, str]]:
+    """The images of --folder, or of --data, or those of the run, and what a record says of where they come from."""
+    if folder:
+        images = load_folder(folder, model.image_shape)
+        warn_skipped(images.skipped)
+        return images, {"folder": str(as_path(folder).resolve())}
+    images = images_named(data_of(run, data), split)
+    return images, {"data": images.name, "split": split}
 
 
 def data_of(run: Path, data: str) -> str:
@@ -353,16 +368,9 @@ def evaluate(
     check_int("elbo_samples", elbo_samples)
     check_int("num_samples", num_samples, minimum=0)
     check_seed("seed", seed)
-    if folder and (data or split):
-        raise ValueError(f"folder: got it beside {'--data' if data else '--split'}, expected one of the two")
+    check_one_source(folder, data, split)
     model = load_run(run).to(choose_device(device))
-    if folder:
-        images = load_folder(folder, model.image_shape)
-        warn_skipped(images.skipped)
-        source = {"folder": str(as_path(folder).resolve())}
-    else:
-        source = {"data": data_of(run, data), "split": split or "test"}
-        images = images_named(source["data"], source["split"])
+    images, source = images_asked_for(run, model, folder, data, split or "test")
     result = evaluate_model(model, images, num_samples, elbo_samples, seed=seed)
     show(source | result.as_dict(), as_json)
 
@@ -440,17 +448,13 @@ def index_images(
     as_json: Json = False,
 ) -> None:
     """Encode images to their posteriors and write an index of them, to be searched by content."""
-    if folder and (data or split):
-        raise ValueError(f"folder: got it beside {'--data' if data else '--split'}, expected one of the two")
+    check_one_source(folder, data, split)
     if out.exists() and not (overwrite and is_index(out)):
         found = "is no index" if overwrite else "already exists"
         raise ValueError(f"out: {out} {found}, expected a new file; --overwrite replaces an index")
-    split = split or "train"
     check_choice("method", method, METHODS)
     model = load_run(run).to(choose_device(device))
-    images = load_folder(folder, model.image_shape) if folder else images_named(data_of(run, data), split)
-    warn_skipped(images.skipped)
-    source = {"folder": str(as_path(folder).resolve())} if folder else {"data": images.name, "split": split}
+    images, source = images_asked_for(run, model, folder, data, split or "train")
     index = LatentIndex.build(model, images, method=method, source=source)
     if not all(part.isfinite().all() for part in index.codes):
         raise ValueError(f"run: the model in {run} gives codes that are not finite (NaN or infinity), expected one that was trained well")

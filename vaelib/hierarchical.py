@@ -62,17 +62,8 @@ class HierarchicalVAE(VAE):
         params: Tensor = self.decoder(top_down(self.decoder, z, given=True).h)
         return params.to(z.dtype)
 
-    def draw(
-        self,
-        x: Tensor,
-        num_samples: int = 1,
-        eps: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        validate: bool = True,
-    ) -> Draw:
+    def draw_with(self, x: Tensor, eps: Tensor) -> Draw:
         """Codes drawn from q, and what they meet, see `VAE.draw`: q and p are the Gaussians along the path of each draw, (K, N, L)."""
-        self.check_input(x, validate)
-        eps = self.noise_for(x, num_samples, eps, generator)
         path = top_down(self.decoder, eps.flatten(0, 1), self.encoder(x))
         z = path.z.view_as(eps)
         q, p = (Posterior(*(statistic.view_as(eps) for statistic in density)) for density in (path.q, path.p))
@@ -245,19 +236,10 @@ class TwoLayerVAE(VAE):
         params: Tensor = self.decoder[1](z.split(self.split, dim=1)[1])
         return params.to(z.dtype)
 
-    def draw(
-        self,
-        x: Tensor,
-        num_samples: int = 1,
-        eps: Tensor | None = None,
-        generator: torch.Generator | None = None,
-        validate: bool = True,
-    ) -> Draw:
+    def draw_with(self, x: Tensor, eps: Tensor) -> Draw:
         """Codes drawn from q, and what they meet, see `VAE.draw`: q and p are the Gaussians along the path of each draw, (K, N, L)."""
-        self.check_input(x, validate)
-        eps = self.noise_for(x, num_samples, eps, generator)
         noise2, noise1 = eps.split(self.split, dim=2)
-        below = Posterior(*(statistic.repeat(num_samples, 1).view_as(noise1).to(eps.dtype) for statistic in self.encoder[0](x)))
+        below = Posterior(*(statistic.repeat(len(eps), 1).view_as(noise1).to(eps.dtype) for statistic in self.encoder[0](x)))
         h1 = below.sample(noise1)
         above = Posterior(*(statistic.view_as(noise2).to(eps.dtype) for statistic in self.encoder[1](h1.flatten(0, 1))))
         z = torch.cat([above.sample(noise2), h1], dim=2)

@@ -136,8 +136,13 @@ class VAE(nn.Module):
             eps: the standard normal noise (K, N, L); drawn from `generator` where it is not given.
             validate: whether the values of x are checked (NaN, range); shapes always are.
         """
-        q = self.encode(x, validate)
-        z = q.sample(self.noise_for(x, num_samples, eps, generator))
+        self.check_input(x, validate)
+        return self.draw_with(x, self.noise_for(x, num_samples, eps, generator))
+
+    def draw_with(self, x: Tensor, eps: Tensor) -> Draw:
+        """What `draw` does with arguments that were checked: the method that a model with several layers of latents overrides."""
+        q = self.encode(x, validate=False)
+        z = q.sample(eps)
         return Draw(z, self.log_likelihood(x, z), q, self.prior, kl_divergence(q, self.prior, z))
 
     def elbo(
