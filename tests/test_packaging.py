@@ -103,7 +103,7 @@ def imports_of(module):
 
 ORDER = [
     *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "hierarchical", "conditional"),
-    *("storage", "checkpoints", "distributed", "training", "evaluation", "reproduce", "generation", "priors", "retrieval", "quality"),
+    *("storage", "checkpoints", "distributed", "config", "training", "evaluation", "reproduce", "generation", "priors", "retrieval", "quality"),
     *("oracles", "checks", "ledger", "plotting", "widgets", "cli"),
 ]
 

@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 from vaelib.conditional import ConditionalVAE, conditional_vae
+from vaelib.config import TrainConfig
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
 from vaelib.densities import Draw, Posterior, StandardNormal, kl_divergence, register_kl, reparameterize
 from vaelib.evaluation import (
@@ -47,7 +48,7 @@ from vaelib.objectives import (
 )
 from vaelib.retrieval import LatentIndex, Neighbours, nearest_neighbours
 from vaelib.storage import load, save
-from vaelib.training import History, TrainConfig, fit
+from vaelib.training import History, fit
 from vaelib.vae import VAE, conv_vae, heldout_elbo, mlp_vae, register_model
 
 __version__ = "0.1.0"

@@ -22,6 +22,7 @@ import typer
 from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed
 from vaelib.checkpoints import load_checkpoint, read_checkpoint
 from vaelib.conditional import ConditionalVAE
+from vaelib.config import TrainConfig
 from vaelib.data import NAMES, ImageSet, load_folder, load_images, read_image, train_valid_split
 from vaelib.distributed import join, leave
 from vaelib.evaluation import evaluate as evaluate_model
@@ -32,7 +33,7 @@ from vaelib.priors import fit_mixture, fit_second_stage
 from vaelib.reproduce import BUDGETS, OBJECTIVES, iwae_row
 from vaelib.retrieval import DISTANCES, METHODS, LatentIndex, is_index
 from vaelib.storage import CHECKPOINT, CONFIG, WEIGHTS, load, only_writer, read_object, save, writable_folder, write_text
-from vaelib.training import HISTORY, TrainConfig, choose_device, fit
+from vaelib.training import HISTORY, choose_device, fit
 from vaelib.vae import MODELS, VAE
 
 app = typer.Typer(

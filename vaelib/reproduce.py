@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from vaelib._validation import check_choice, check_int
+from vaelib.config import TrainConfig
 from vaelib.data import ImageSet
 from vaelib.evaluation import active_units, log_likelihood, standard_error
 from vaelib.hierarchical import two_layer_vae
-from vaelib.training import TrainConfig, fit
+from vaelib.training import fit
 from vaelib.vae import VAE, mlp_vae
 
 OBJECTIVES = {"vae": "elbo", "iwae": "iwae"}  # of the paper's columns; with one sample they are the same

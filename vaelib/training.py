@@ -1,174 +1,37 @@
-"""The trainer: one function, `fit`, over one configuration, `TrainConfig`.
+"""The trainer: one function, `fit`, a short loop over a `Run`, which takes the steps, and a `Store`, which writes the files.
 
 A step leaves the device alone: what the history needs is kept there, step by step, and read once at the epoch's end.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vaelib._validation import as_path, check_choice, check_flag, check_int, check_number, check_seed, describe, plain
+from vaelib._validation import as_path, describe
 from vaelib.checkpoints import FILE, fingerprint, read_checkpoint, write_checkpoint
+from vaelib.config import OPTIMIZERS as OPTIMIZERS
+from vaelib.config import TrainConfig, kl_weight, learning_rate_factor, make_optimizer
 from vaelib.data import ImageSet, as_image_set, minibatches
 from vaelib.distributed import Group, join
 from vaelib.objectives import ElboTerms, free_bits_kl, loss
 from vaelib.storage import BROKEN, only_writer, write_text
 from vaelib.vae import VAE, evaluating, heldout_elbo, labels_for
 
-# LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
-OPTIMIZERS: dict[str, Any] = {
-    name: value
-    for name, value in vars(torch.optim).items()
-    if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and name not in ("Optimizer", "LBFGS", "SparseAdam")
-}
-COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
-SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] -> factor of the learning rate
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1 - progress,
-    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
-}
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train; a bad value is refused here, before any work (the device is looked for by `fit`).
-
-    Attributes:
-        epochs: passes over the data.
-        batch_size: images per step, over all processes together; the last, smaller batch counts. The default means all images of a
-            set that has fewer; any other number above the size of the set is refused by `fit`.
-        optimizer: the name of a class in `torch.optim`, a class of your own, or a function from parameters to an optimizer,
-            which then sets its own learning rate.
-        learning_rate: the highest learning rate.
-        optimizer_options: further arguments of the optimizer, such as ``{"momentum": 0.9}``.
-        schedule: ``"cosine"`` (to 0), ``"linear"`` (to 0), ``"constant"``, or a function from progress in [0, 1] to a factor.
-        warmup: share of the steps over which the learning rate rises linearly from 0.
-        clip_norm: the gradient's norm is cut to this; None leaves it alone.
-        skip_norm: a step whose gradient has a larger norm is left out and counted; one with a norm that is not finite always is.
-        beta: weight of the KL term; 1 is the ELBO.
-        kl_warmup_epochs: epochs over which beta rises linearly from 0.
-        free_bits: nats per latent unit below which the KL is not pressed, see `vaelib.objectives.free_bits_kl`; 0 is the ELBO.
-        objective: ``"elbo"``; ``"iwae"``, the importance-weighted bound of `num_samples` draws (Burda et al. 2016); or ``"dreg"``,
-            the same with the encoder's gradient of Tucker et al. 2019, `vaelib.objectives.doubly_reparameterized_bound`. The
-            last two take neither beta nor free bits; the history has the bound as ``train_objective``, beside the ELBO.
-        num_samples: K, draws of z per image and step.
-        ema_decay: decay of an exponential moving average of the weights, which is then what is validated, kept and saved;
-            None keeps the weights themselves. In step t the decay is at most (1 + t) / (10 + t).
-        flip: mirror each image with probability 1/2.
-        precision: ``"float32"``, or ``"bf16"``: the networks under autocast; KL, likelihood and log-sum-exp stay in float32.
-        compile: run the model through `torch.compile`; a string is its mode, such as ``"reduce-overhead"``, which records CUDA graphs.
-        channels_last: lay images and convolutions out with the channels innermost.
-        seed: of the order of the images, the flips, the binarization and the draws of z. (Seed the weights with
-            `torch.manual_seed`.)
-        device: ``"auto"`` takes CUDA, else MPS, else the CPU; or any device of torch.
-        patience: stop after this many epochs without a better validation ELBO, and put the best weights back; None never stops.
-        checkpoint_epochs: write a checkpoint after every so many epochs (and after the last), where `fit` is given a folder.
-        checkpoint_minutes: write one after so many minutes too, amid an epoch.
-        progress: show a progress bar.
-
-    Example:
-        >>> import vaelib
-        >>> vaelib.TrainConfig(epochs=5, batch_size=64).schedule
-        'cosine'
-    """
-
-    epochs: int = 20
-    batch_size: int = 128
-    optimizer: str | Callable[[Iterable[Tensor]], torch.optim.Optimizer] = "Adam"
-    learning_rate: float = 5e-3
-    optimizer_options: dict[str, Any] | None = None
-    schedule: str | Callable[[float], float] = "cosine"
-    warmup: float = 0.05
-    clip_norm: float | None = 100.0
-    skip_norm: float | None = None
-    beta: float = 1.0
-    kl_warmup_epochs: float = 0
-    free_bits: float = 0.0
-    objective: str = "elbo"
-    num_samples: int = 1
-    ema_decay: float | None = None
-    flip: bool = False
-    precision: str = "float32"
-    compile: bool | str = False
-    channels_last: bool = False
-    seed: int = 0
-    device: str = "auto"
-    patience: int | None = None
-    checkpoint_epochs: int = 1
-    checkpoint_minutes: float | None = None
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
-        for name in ("epochs", "batch_size", "num_samples", "checkpoint_epochs"):
-            check_int(name, getattr(self, name))
-        for name, highest, meaning in (("warmup", 1, "share of the steps"), ("ema_decay", 1, "decay")):
-            if getattr(self, name) is not None and check_number(name, getattr(self, name)) > highest:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a {meaning}, at most {highest}")
-        check_seed("seed", self.seed)
-        check_number("learning_rate", self.learning_rate, exclusive=True)
-        for name in ("beta", "kl_warmup_epochs", "free_bits"):
-            check_number(name, getattr(self, name))
-        for name in ("clip_norm", "skip_norm"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), exclusive=True)
-        if self.checkpoint_minutes is not None:
-            check_number("checkpoint_minutes", self.checkpoint_minutes)
-        if self.patience is not None:
-            check_int("patience", self.patience)
-        check_choice("precision", self.precision, ("float32", "bf16"))
-        check_choice("objective", self.objective, ("elbo", "iwae", "dreg"))
-        if self.objective != "elbo":
-            for name, neutral in (("beta", 1.0), ("kl_warmup_epochs", 0), ("free_bits", 0.0), ("patience", None)):
-                if getattr(self, name) != neutral:
-                    belongs = f"{neutral}: it belongs to the ELBO, and the objective is {self.objective!r}"
-                    raise ValueError(f"{name}: got {getattr(self, name)}, expected {belongs}")
-        if self.objective == "dreg" and self.compile:
-            raise ValueError(f"compile: got {self.compile!r}, expected False: the gradient of the objective 'dreg' is made by a hook")
-        if isinstance(self.compile, str):
-            check_choice("compile", self.compile, COMPILE_MODES)
-        elif not isinstance(self.compile, bool):
-            raise ValueError(f"compile: got {describe(self.compile)}, expected True, False or a mode of torch.compile")
-        for name in ("flip", "channels_last", "progress"):
-            check_flag(name, getattr(self, name))
-        if self.optimizer_options is not None and not isinstance(self.optimizer_options, dict):
-            raise ValueError(f"optimizer_options: got {describe(self.optimizer_options)}, expected a dict")
-        if not callable(self.optimizer):
-            check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        elif not inspect.isclass(self.optimizer) and self.optimizer_options:
-            raise ValueError("optimizer_options: got options beside a function, expected the function to set them itself")
-        if not callable(self.schedule):
-            check_choice("schedule", self.schedule, SCHEDULES)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The configuration as plain data; functions and classes become their names (all lambdas have the same)."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {key: name_of(value) if callable(value) else value for key, value in values.items()}
-
-
-def name_of(function: Any) -> str:
-    """Module and name of a function or class; of a callable object those of its class."""
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
-
-
 HISTORY = "history.jsonl"
-TRACE = ("log_likelihood", "kl", "norm", "skipped", "count", "loss", "penalty")  # of a step; see `train_step`
+TRACE = ("log_likelihood", "kl", "norm", "skipped", "count", "loss", "penalty")  # of a step; see `Run.loss_and_sums`
 # What may differ between a run and its continuation: where and how fast it runs, and what it shows, but not what it computes.
 FREE_ON_RESUME = ("device", "compile", "checkpoint_epochs", "checkpoint_minutes", "progress")
 
@@ -224,54 +87,12 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     return chosen
 
 
-def make_optimizer(model: VAE, config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of `config` over the model's parameters, in its fused form where it has one."""
-    if callable(config.optimizer) and not inspect.isclass(config.optimizer):
-        return config.optimizer(model.parameters())
-    kind: type[torch.optim.Optimizer] = OPTIMIZERS[config.optimizer] if isinstance(config.optimizer, str) else config.optimizer  # type: ignore[assignment]
-    options = {"lr": config.learning_rate, **(config.optimizer_options or {})}
-    if (
-        "fused" in inspect.signature(kind).parameters
-        and model.device.type in ("cpu", "cuda")
-        and not {"foreach", "differentiable"} & set(options)
-    ):
-        options.setdefault("fused", True)
-    try:
-        try:
-            return kind(model.parameters(), **options)
-        except RuntimeError:  # a torch whose fused form does not reach this device
-            return kind(model.parameters(), **options | {"fused": False})
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"optimizer_options: got {config.optimizer_options}, which {kind.__name__} does not take: {error}"
-        ) from error
-
-
-def learning_rate_factor(config: TrainConfig, total_steps: int) -> Callable[[int], float]:
-    """Step -> factor of the learning rate: linear warm-up times the schedule."""
-    schedule = config.schedule if callable(config.schedule) else SCHEDULES[config.schedule]
-
-    warmup_steps = max(1.0, config.warmup * total_steps)
-
-    def factor(step: int) -> float:
-        warmup = min(1.0, (step + 1) / warmup_steps)
-        return warmup * schedule(min(1.0, step / total_steps))
-
-    return factor
-
-
-def kl_weight(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """Step -> beta: from beta / (warm-up steps) at the first step, linearly, to beta."""
-    warmup_steps = max(1.0, config.kl_warmup_epochs * steps_per_epoch)
-    return lambda step: config.beta * min(1.0, (step + 1) / warmup_steps)
-
-
 def epoch_order(seed: int, epoch: int) -> torch.Generator:
     """The generator that shuffles an epoch, a function of seed and epoch alone: on resume the order needs no memory."""
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
-def take_step(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Tensor, Tensor]:
+def clipped_step(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Tensor, Tensor]:
     """One step of the optimizer with the gradient cut to `clip_norm`; no step where its norm is not finite or above `skip_norm`.
 
     Returns:
@@ -279,7 +100,7 @@ def take_step(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Te
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    norm = torch.nn.utils.get_total_norm(gradients)
     skip = ~(norm <= (config.skip_norm or torch.finfo(norm.dtype).max))
     scale = None if config.clip_norm is None else (norm / config.clip_norm).clamp(min=1)
     momentum = any(group.get("momentum") for group in optimizer.param_groups)  # fused SGD would skip, but leave its buffer unset
@@ -293,115 +114,116 @@ def take_step(optimizer: torch.optim.Optimizer, config: TrainConfig) -> tuple[Te
     return norm, skip
 
 
-def train_step(
-    forward: Callable[..., ElboTerms],
-    model: VAE,
-    optimizer: torch.optim.Optimizer,
-    batch: tuple[Tensor, ...],
-    noise: torch.Generator,
-    beta: float,
-    config: TrainConfig,
-    group: Group,
-) -> Tensor:
-    """One step on one global batch: its pixels and, where they are known, its labels.
-
-    Returns:
-        A row for the epoch's trace, on the device: sums of log-likelihood and KL over this process's share of the batch, the gradient's
-        norm, 1 where the step was skipped, the number of images in the share, and sums of the loss and its penalty over them.
-    """
-    pixels, labels = batch[0], batch[1] if len(batch) == 2 else None
-    device = pixels.device
-    if config.flip:
-        coin = torch.rand(len(pixels), 1, 1, 1, generator=noise, device=device) < 0.5
-        pixels = torch.where(coin, pixels.flip(3), pixels)
-    x = model.likelihood.observe(pixels, noise)
-    eps = torch.randn(config.num_samples, len(x), model.latent_dim, generator=noise, device=device)
-    weight = group.weight(len(x))
-    if group.size > 1:
-        share = group.share(len(x))
-        x, eps, labels = x[share], eps[:, share], None if labels is None else labels[share]
-    if config.channels_last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
-        terms = forward(x, eps, config.objective, labels)
-    objective = terms
-    if config.free_bits and group.size > 1:
-        objective = with_global_kl(terms, weight, group)
-    optimizer.zero_grad()
-    value = loss(objective, beta, config.free_bits)
-    (weight * value).backward()
-    norm, skipped = take_step(optimizer, config)
-    count = len(x) * float(weight > 0)  # a share that only fills a place counts nothing
-    penalty = torch.zeros_like(norm) if terms.penalty is None else terms.penalty.mean()
-    sums = [float(count > 0) * term.detach().sum() for term in (terms.log_likelihood, terms.kl)]
-    return torch.stack([*sums, norm, skipped, torch.full_like(norm, count), count * value.detach(), count * penalty.detach()])
-
-
 def copy_of_weights(model: VAE) -> dict[str, Tensor]:
     """The model's state, apart from it."""
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-@dataclass
 class Run:
-    """What changes while `fit` runs, and so belongs into a checkpoint."""
+    """A training under way: what `fit` needs at a step and at an epoch's end. What changes, `state` holds and `restore` puts back.
 
-    model: VAE
-    optimizer: torch.optim.Optimizer
-    noise: torch.Generator
-    averages: list[Tensor] | None  # of each parameter, where there is an `ema_decay`
-    trace: Tensor  # (steps per epoch, len(TRACE)): what each step of this epoch gave
-    history: History
-    step: int = 0  # steps done
-    elapsed: float = 0.0  # seconds of this epoch so far
-    best_elbo: float = -math.inf
-    best_weights: dict[str, Tensor] | None = None
-    first_elbo: float = -math.inf  # of the first step; nothing is below it where it is not known
+    Attributes:
+        forward: the model, or what stands before it: several processes, a compiled graph.
+        averages: of each parameter, where there is an `ema_decay`.
+        trace: (steps per epoch, len(TRACE)): what each step of this epoch gave.
+        step: steps done, over all epochs.
+        elapsed: seconds of this epoch so far.
+        first_elbo: of the first step; minus infinity, below which nothing is, where it is not known.
+    """
+
+    def __init__(self, model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig, group: Group) -> None:
+        device = choose_device(config.device)
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        model.to(device)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.model, self.config, self.group, self.device = model, config, group, device
+        self.resident = fits(device, images, valid)
+        if self.resident:
+            images, valid = images.to(device), None if valid is None else valid.to(device)
+        self.images, self.valid = images, valid
+        self.forward: Callable[..., ElboTerms] = model
+        if group.size > 1:  # this also makes all processes start from the first one's weights
+            devices = [device.index] if device.type == "cuda" else None
+            self.forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=devices)
+        if config.compile:
+            self.forward = torch.compile(self.forward, mode=None if config.compile is True else config.compile)
+
+        self.steps_per_epoch = math.ceil(len(images) / config.batch_size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.optimizer = make_optimizer(model, config)
+        self.peaks = [options["lr"] for options in self.optimizer.param_groups]
+        self.rate_factor = learning_rate_factor(config, self.total_steps)
+        self.beta = kl_weight(config, self.steps_per_epoch)
+        self.noise = torch.Generator(device).manual_seed(config.seed)
+        self.averages = None if config.ema_decay is None else [parameter.detach().clone() for parameter in model.parameters()]
+        self.trace = torch.zeros(self.steps_per_epoch, len(TRACE), device=device)
+        self.history = History()
+        self.history.device = str(device)
+        self.step, self.elapsed = 0, 0.0
+        self.first_elbo = self.best_elbo = -math.inf
+        self.best_weights: dict[str, Tensor] | None = None
 
     def state(self) -> dict[str, Any]:
-        """All of it as plain data and tensors."""
+        """All that changes, as plain data and tensors."""
         return {
             "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "averages": self.averages,
-            "noise": self.noise.get_state(), "device": self.trace.device.type, "history": list(self.history),
+            "noise": self.noise.get_state(), "device": self.device.type, "history": list(self.history),
             "best_epoch": self.history.best_epoch, "step": self.step, "trace": self.trace, "best_elbo": self.best_elbo,
             "best_weights": self.best_weights, "elapsed": self.elapsed, "first_elbo": self.first_elbo,
         }  # fmt: skip
 
-    def restore(self, state: dict[str, Any], group: Group) -> None:
+    def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`; ValueError where it lacks a part."""
         state = {"first_elbo": self.first_elbo} | state  # it came later than the first checkpoints
         if lacking := self.state().keys() - state.keys():
             raise ValueError(f"resume: got a checkpoint without {', '.join(sorted(lacking))}, expected a whole one")
         try:
-            self._restore(state, group)
+            self._restore(state)
         except BROKEN as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"resume: got a checkpoint whose parts do not fit this run ({reason}), expected a whole one") from error
 
-    def _restore(self, state: dict[str, Any], group: Group) -> None:
-        device = self.trace.device
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.averages is not None:
-            self.averages = [value.to(device) for value in state["averages"]]
-        if state["device"] == device.type:  # another kind of device has another kind of generator
+            self.averages = [value.to(self.device) for value in state["averages"]]
+        if state["device"] == self.device.type:  # another kind of device has another kind of generator
             self.noise.set_state(state["noise"])
         self.history.extend(state["history"])
         self.history.best_epoch = state["best_epoch"]
         for name in ("step", "elapsed", "best_elbo", "best_weights", "first_elbo"):
             setattr(self, name, state[name])
-        if group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
-            trace = state["trace"].to(device)
+        if self.group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
+            trace = state["trace"].to(self.device)
             if trace.shape[1] == 5:  # from before the loss and its penalty were kept: there it was minus the ELBO
                 trace = torch.cat([trace, trace[:, 1:2] - trace[:, :1], torch.zeros_like(trace[:, :1])], dim=1)
             self.trace = trace
 
-    def average(self, decay: float) -> None:
-        """Move the averages towards the weights; early ones move faster."""
-        assert self.averages is not None
-        with torch.no_grad():
-            weight = 1 - min(decay, self.step / (9 + self.step))
-            torch._foreach_lerp_(self.averages, list(self.model.parameters()), weight)
+    @contextmanager
+    def kept_whole(self) -> Iterator[None]:
+        """The model trains inside the block; after it, however it ends, it has its modes back, and the weights that are kept."""
+        modes = {module: module.training for module in self.model.modules()}
+        with self.judged():
+            self.good_weights = copy_of_weights(self.model)
+        first_step = self.step
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.history.stopped = "interrupted"
+        except FloatingPointError:
+            self.best_weights = self.good_weights
+            raise
+        finally:
+            self.history.steps = self.step - first_step
+            for module, mode in modes.items():
+                module.training = mode
+            if self.best_weights is not None:
+                self.model.load_state_dict(self.best_weights)
+            elif self.averages is not None:
+                torch._foreach_copy_([parameter.detach() for parameter in self.model.parameters()], self.averages)
 
     @contextmanager
     def judged(self) -> Iterator[None]:
@@ -413,6 +235,185 @@ class Run:
             yield
         finally:
             torch._foreach_copy_(parameters, own)
+
+    def stops_early(self) -> bool:
+        """Whether the held-out ELBO has not risen for `patience` epochs; the history then says so."""
+        patience, best = self.config.patience, self.history.best_epoch
+        if patience is None or best is None or len(self.history) - best < patience:
+            return False
+        self.history.stopped = "early stop"
+        return True
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The epoch's global batches that are still to come, in an order that seed and epoch give: pixels, and labels if known."""
+        self.started = time.perf_counter() - self.elapsed
+        self.model.train()
+        epoch = len(self.history) + 1
+        done = self.step - (epoch - 1) * self.steps_per_epoch  # above 0 only on resume
+
+        def slices(field: str) -> Iterator[Tensor]:
+            order, device = epoch_order(self.config.seed, epoch), None if self.resident else self.device
+            return minibatches(self.images, self.config.batch_size, order, done, field, device)
+
+        if not self.images.labelled:
+            return ((pixels, None) for pixels in slices("pixels"))
+        return zip(slices("pixels"), slices("labels"), strict=True)
+
+    def take_step(self, pixels: Tensor, labels: Tensor | None) -> None:
+        """One step on one global batch; its row of the trace stays on the device."""
+        for options, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            options["lr"] = peak * self.rate_factor(self.step)
+        self.optimizer.zero_grad()
+        value, sums = self.loss_and_sums(pixels, labels, self.beta(self.step))
+        value.backward()
+        norm, skipped = clipped_step(self.optimizer, self.config)
+        self.trace[self.step % self.steps_per_epoch] = torch.stack([*sums[:2], norm, skipped, *sums[2:]])
+        self.step += 1
+        if self.averages is not None:
+            self.average()
+        self.elapsed = time.perf_counter() - self.started
+
+    def loss_and_sums(self, pixels: Tensor, labels: Tensor | None, beta: float) -> tuple[Tensor, list[Tensor]]:
+        """The loss whose gradient a step follows, and what the trace has of it.
+
+        Returns:
+            The mean loss over this process's share of the batch, weighted so that the processes' mean is that of the batch; and sums over
+            the share: log-likelihood, KL, number of images, loss, penalty.
+        """
+        config, group = self.config, self.group
+        if config.flip:
+            coin = torch.rand(len(pixels), 1, 1, 1, generator=self.noise, device=self.device) < 0.5
+            pixels = torch.where(coin, pixels.flip(3), pixels)
+        x = self.model.likelihood.observe(pixels, self.noise)
+        eps = torch.randn(config.num_samples, len(x), self.model.latent_dim, generator=self.noise, device=self.device)
+        weight = group.weight(len(x))
+        if group.size > 1:
+            share = group.share(len(x))
+            x, eps, labels = x[share], eps[:, share], None if labels is None else labels[share]
+        if config.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16) if config.precision == "bf16" else nullcontext():
+            terms = self.forward(x, eps, config.objective, labels)
+        objective = with_global_kl(terms, weight, group) if config.free_bits and group.size > 1 else terms
+        value = loss(objective, beta, config.free_bits)
+
+        count = len(x) * float(weight > 0)  # a share that only fills a place counts nothing
+        penalty = torch.zeros_like(value) if terms.penalty is None else terms.penalty.mean()
+        sums = [float(count > 0) * term.detach().sum() for term in (terms.log_likelihood, terms.kl)]
+        sums += [torch.full_like(value.detach(), count), count * value.detach(), count * penalty.detach()]
+        return weight * value, sums
+
+    def average(self) -> None:
+        """Move the averages towards the weights; early ones move faster.
+
+        (`torch.optim.swa_utils.AveragedModel` copies the weights at its first step and keeps a second model; here the average starts
+        where training does, and `judged` lends it to the one model.)
+        """
+        assert self.averages is not None
+        with torch.no_grad():
+            weight = 1 - min(self.config.ema_decay or 0.0, self.step / (9 + self.step))
+            torch._foreach_lerp_(self.averages, list(self.model.parameters()), weight)
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Judge the epoch, and add its record to the history.
+
+        Raises:
+            FloatingPointError: If a term of the loss, a weight or the held-out ELBO is no longer finite.
+        """
+        history, epoch = self.history, len(self.history) + 1
+        rows = summed(self.trace, self.group).cpu()  # the epoch's only wait for the device, but for the validation
+        with self.judged():
+            check_finite(epoch, rows, self.model, history)
+            if epoch == 1:
+                self.first_elbo = ((rows[0, 0] - rows[0, 1]) / rows[0, 4]).item()
+            record = training_means(epoch, rows)
+            if self.valid is not None:
+                record |= validate(self.model, self.valid, self.config.seed, self.group)
+                if not math.isfinite(record["valid_elbo"]):
+                    raise FloatingPointError(f"epoch {epoch}: the held-out ELBO is {record['valid_elbo']}; try a lower learning_rate")
+            self.good_weights = copy_of_weights(self.model)
+        taken = rows[rows[:, 3] == 0]
+        record |= {
+            "gradient_norm": taken[:, 2].mean().item() if len(taken) else None,
+            "skipped_steps": len(rows) - len(taken),
+            "learning_rate": self.peaks[0] * self.rate_factor(self.step - 1),
+            "beta": self.beta(self.step - 1),
+            "seconds": time.perf_counter() - self.started,
+        }
+        history.append(record)
+        self.elapsed = 0.0
+        if self.valid is not None and record["valid_elbo"] > self.best_elbo:
+            self.best_elbo, history.best_epoch = record["valid_elbo"], epoch
+            if self.config.patience is not None:
+                self.best_weights = self.good_weights
+        return record
+
+    def divergence(self) -> str | None:
+        """Why the weights that are kept are no use, as `History` says it; None where they are."""
+        history = self.history
+        if not history:
+            return None
+        kept = history[-1] if self.best_weights is None or history.best_epoch is None else history[history.best_epoch - 1]
+        elbo, skipped, steps = kept.get("valid_elbo", kept["train_elbo"]), kept["skipped_steps"], self.steps_per_epoch
+        worst = self.first_elbo - abs(self.first_elbo) - math.prod(self.model.image_shape)
+        if elbo < self.first_elbo and (2 * skipped >= steps > 1 or elbo < worst):
+            left_out = f", with {skipped:.0f} of {steps} steps left out" if skipped else ""
+            found = f"the ELBO is {elbo:.4g} nats per image{left_out}; at the first step it was {self.first_elbo:.4g}"
+            return f"after epoch {kept['epoch']} {found}"
+        return None
+
+
+class Store:
+    """The folder of a run, in which its first process alone writes: checkpoints, the history, logs for TensorBoard. None keeps nothing."""
+
+    def __init__(self, folder: Path | None, run: Run, identity: dict[str, Any], resume: bool, tensorboard: bool) -> None:
+        self.folder, self.leads, self.identity, self.config = folder, run.group.leads, identity, run.config
+        kind = tensorboard_writer() if tensorboard else None
+        found = folder is not None and resume and (folder / FILE).exists()
+        run.group.wait()  # all have looked for a checkpoint before the first one writes it
+        if folder is not None and found:
+            run.restore(read_checkpoint(folder, identity))
+            run.group.wait()
+        else:
+            self.write(run)  # whether it can be written is known before any work
+        self.last_written = time.perf_counter()
+        self.writer = None
+        if kind is not None and folder is not None and self.leads:  # it forgets what came after the checkpoint
+            self.writer = kind(folder / "tensorboard", purge_step=len(run.history) + 1)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def write(self, run: Run) -> None:
+        """Write a checkpoint."""
+        if self.folder is not None and self.leads:
+            write_checkpoint(self.folder, self.identity | run.state())
+        self.last_written = time.perf_counter()
+
+    def after_step(self, run: Run) -> None:
+        """A checkpoint every `checkpoint_minutes`, but never one of numbers that are not finite over the last good one."""
+        minutes = self.config.checkpoint_minutes
+        if minutes is None or time.perf_counter() - self.last_written < 60 * minutes:
+            return
+        self.last_written = time.perf_counter()
+        row = (run.step - 1) % run.steps_per_epoch
+        if run.trace[: row + 1, [0, 1, 5]].isfinite().all():
+            self.write(run)
+
+    def after_epoch(self, run: Run, record: dict[str, Any]) -> None:
+        """The epoch's line of the history, its logs, and a checkpoint every `checkpoint_epochs`."""
+        if self.folder is not None and self.leads:
+            write_text(self.folder / HISTORY, "".join(json.dumps(line) + "\n" for line in run.history))
+            if len(run.history) % self.config.checkpoint_epochs == 0:
+                self.write(run)
+        if self.writer is not None:
+            for key, value in record.items():
+                if value is not None:
+                    self.writer.add_scalar(key, value, len(run.history))
 
 
 def fits(device: torch.device, images: ImageSet, valid: ImageSet | None) -> bool:
@@ -446,16 +447,6 @@ def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> Non
     wrong += [f"the weight {name} is not finite" for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if wrong:
         raise FloatingPointError(f"epoch {epoch}, {wrong[0]}; try {advice}")
-
-
-def divergence(kept: dict[str, float], first_elbo: float, steps: int, pixels: int) -> str | None:
-    """Why the weights after the epoch `kept` are no use, as `History` says it; None where they are."""
-    elbo = kept.get("valid_elbo", kept["train_elbo"])
-    skipped = kept["skipped_steps"]
-    if elbo < first_elbo and (2 * skipped >= steps > 1 or elbo < first_elbo - abs(first_elbo) - pixels):
-        left_out = f", with {skipped:.0f} of {steps} steps left out" if skipped else ""
-        return f"after epoch {kept['epoch']} the ELBO is {elbo:.4g} nats per image{left_out}; at the first step it was {first_elbo:.4g}"
-    return None
 
 
 def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig) -> None:
@@ -508,25 +499,11 @@ def validate(model: VAE, valid: ImageSet, seed: int, group: Group) -> dict[str, 
     }
 
 
-def epoch_record(run: Run, epoch: int, valid: ImageSet | None, seed: int, group: Group) -> dict[str, Any]:
-    """What an epoch that has just ended gave: the means of its trace, and of the held-out ELBO.
-
-    Raises:
-        FloatingPointError: If a term of the loss, a weight or the held-out ELBO is no longer finite.
-    """
-    rows = summed(run.trace, group).cpu()  # the epoch's only wait for the device, but for the validation
-    check_finite(epoch, rows, run.model, run.history)
-    if epoch == 1:
-        run.first_elbo = ((rows[0, 0] - rows[0, 1]) / rows[0, 4]).item()
+def training_means(epoch: int, rows: Tensor) -> dict[str, Any]:
+    """The means over an epoch's images of what its steps gave: nats."""
     log_likelihood, kl, value, penalty = (rows[:, [0, 1, 5, 6]].double().sum(0) / rows[:, 4].sum()).tolist()
     record = {"epoch": epoch, "train_elbo": log_likelihood - kl, "train_log_likelihood": log_likelihood, "train_kl": kl}
-    record |= {"train_objective": -value} | ({"train_penalty": penalty} if rows[:, 6].any() else {})
-    if valid is not None:
-        record |= validate(run.model, valid, seed, group)
-        if not math.isfinite(record["valid_elbo"]):
-            raise FloatingPointError(f"epoch {epoch}: the held-out ELBO is {record['valid_elbo']}; try a lower learning_rate")
-    taken = rows[rows[:, 3] == 0]
-    return record | {"gradient_norm": taken[:, 2].mean().item() if len(taken) else None, "skipped_steps": len(rows) - len(taken)}
+    return record | {"train_objective": -value} | ({"train_penalty": penalty} if rows[:, 6].any() else {})
 
 
 def fit(
@@ -572,173 +549,64 @@ def fit(
         >>> history[0]["train_elbo"] < history[1]["train_elbo"]  # nats per image
         True
     """
+    from tqdm.auto import tqdm
+
     config = config or TrainConfig()
     images, valid = as_image_set("images", images), None if valid is None else as_image_set("valid", valid)
     if isinstance(config, TrainConfig) and config.batch_size == TrainConfig.batch_size:
         config = replace(config, batch_size=min(config.batch_size, len(images)))
     check_arguments(model, images, valid, config)
-    if folder is None and (resume or tensorboard):
-        raise ValueError(f"folder: got None, expected a folder to {'resume from' if resume else 'write TensorBoard logs to'}")
-    folder = None if folder is None else as_path(folder)
-    if folder is not None and (folder / FILE).exists() and not resume:
-        raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
+    folder = check_folder(folder, resume, tensorboard)
     group = join(choose_device(config.device))
     if config.batch_size < group.size:
         raise ValueError(f"batch_size: got {config.batch_size}, expected at least one image for each of {group.size} processes")
     with only_writer("folder", folder) if folder is not None and group.leads else nullcontext():
-        history = _fit(model, images, valid, config, folder, resume, tensorboard, group)
-    if history.diverged:
-        warnings.warn(f"training diverged: {history.diverged}; try a lower learning_rate or a clip_norm", stacklevel=2)
-    return history
+        identity = {} if folder is None else identity_of(model, images, valid, config)
+        run = Run(model, images, valid, config, group)
+        with (
+            Store(folder, run, identity, resume, tensorboard) as store,
+            run.kept_whole(),
+            held_interrupts() as pressed,
+            tqdm(total=run.total_steps, initial=run.step, unit="batch", disable=not (config.progress and group.leads)) as bar,
+        ):
+            while len(run.history) < config.epochs and not run.stops_early():
+                for pixels, labels in run.batches():
+                    run.take_step(pixels, labels)
+                    bar.update()
+                    if pressed:
+                        store.write(run)
+                        raise KeyboardInterrupt
+                    store.after_step(run)
+                record = run.end_epoch()
+                bar.set_postfix({key: f"{record[key]:.2f}" for key in ("train_elbo", "valid_elbo") if key in record})
+                store.after_epoch(run, record)
+            store.write(run)
+    run.history.diverged = run.divergence()
+    if run.history.diverged:
+        warnings.warn(f"training diverged: {run.history.diverged}; try a lower learning_rate or a clip_norm", stacklevel=2)
+    return run.history
 
 
-def _fit(
-    model: VAE,
-    images: ImageSet,
-    valid: ImageSet | None,
-    config: TrainConfig,
-    folder: Path | None,
-    resume: bool,
-    tensorboard: bool,
-    group: Group,
-) -> History:
-    """What `fit` does once its arguments are found good and the folder is this run's alone."""
-    identity = {} if folder is None else {
+def check_folder(folder: str | Path | None, resume: bool, tensorboard: bool) -> Path | None:
+    """The folder as a path; ValueError where it has a checkpoint that nobody asked to go on from, or is asked for and not given."""
+    if folder is None:
+        if resume or tensorboard:
+            raise ValueError(f"folder: got None, expected a folder to {'resume from' if resume else 'write TensorBoard logs to'}")
+        return None
+    folder = as_path(folder)
+    if (folder / FILE).exists() and not resume:
+        raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
+    return folder
+
+
+def identity_of(model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued: the model, the images, and what the configuration computes."""
+    return {
         "model": model.config or repr(model),
         "images": fingerprint(images, model),
         "valid": None if valid is None else fingerprint(valid, model),
         "config": {key: value for key, value in config.as_dict().items() if key not in FREE_ON_RESUME},
-    }  # fmt: skip
-
-    from tqdm.auto import tqdm
-
-    device = choose_device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    model.to(device)
-    if config.channels_last:
-        model.to(memory_format=torch.channels_last)
-    resident = fits(device, images, valid)
-    if resident:
-        images, valid = images.to(device), None if valid is None else valid.to(device)
-    forward: Callable[..., ElboTerms] = model
-    if group.size > 1:  # this also makes all processes start from the first one's weights
-        forward = torch.nn.parallel.DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-    if config.compile:
-        forward = torch.compile(forward, mode=None if config.compile is True else config.compile)
-    of_batch = ("pixels", "labels") if images.labelled else ("pixels",)
-    steps_per_epoch = math.ceil(len(images) / config.batch_size)
-    run = Run(
-        model=model,
-        optimizer=make_optimizer(model, config),
-        noise=torch.Generator(device).manual_seed(config.seed),
-        averages=None if config.ema_decay is None else [parameter.detach().clone() for parameter in model.parameters()],
-        trace=torch.zeros(steps_per_epoch, len(TRACE), device=device),
-        history=History(),
-    )
-    history = run.history
-    history.device = str(device)
-    peaks = [options["lr"] for options in run.optimizer.param_groups]
-    rate_factor = learning_rate_factor(config, config.epochs * steps_per_epoch)
-    beta = kl_weight(config, steps_per_epoch)
-
-    def write_state() -> None:
-        if folder is not None and group.leads:
-            write_checkpoint(folder, identity | run.state())
-
-    writer = tensorboard_writer() if tensorboard else None
-    group.wait()  # all have looked for a checkpoint before the first one writes it
-    if folder is not None and resume and (folder / FILE).exists():
-        run.restore(read_checkpoint(folder, identity), group)
-        group.wait()
-    elif folder is not None:
-        write_state()  # whether it can be written is known before any work
-
-    with run.judged():
-        good_weights = copy_of_weights(model)
-    modes = {module: module.training for module in model.modules()}
-    first_step, last_written = run.step, time.perf_counter()
-    if writer is not None and folder is not None:  # it forgets what an interrupted run wrote after its checkpoint
-        writer = writer(folder / "tensorboard", purge_step=len(history) + 1) if group.leads else None
-    pressed, release = hold_interrupts()
-    whole = False
-    total = config.epochs * steps_per_epoch
-    bar = tqdm(total=total, initial=run.step, unit="batch", disable=not (config.progress and group.leads))
-    try:
-        for epoch in range(len(history) + 1, config.epochs + 1):
-            if config.patience is not None and history.best_epoch and epoch - 1 - history.best_epoch >= config.patience:
-                history.stopped = "early stop"
-                break
-            start = time.perf_counter() - run.elapsed
-            model.train()
-            done = run.step - (epoch - 1) * steps_per_epoch  # above 0 only on resume
-            order = (epoch_order(config.seed, epoch) for _ in of_batch)  # the same for each
-            batches = (
-                minibatches(images, config.batch_size, generator, done, field, None if resident else device)
-                for field, generator in zip(of_batch, order, strict=True)
-            )
-            for row, batch in enumerate(zip(*batches, strict=True), done):
-                for options, peak in zip(run.optimizer.param_groups, peaks, strict=True):
-                    options["lr"] = peak * rate_factor(run.step)
-                run.trace[row] = train_step(forward, model, run.optimizer, batch, run.noise, beta(run.step), config, group)
-                run.step += 1
-                if config.ema_decay is not None:
-                    run.average(config.ema_decay)
-                bar.update()
-                run.elapsed = time.perf_counter() - start
-                if pressed:
-                    whole = True
-                    raise KeyboardInterrupt
-                if config.checkpoint_minutes is not None and time.perf_counter() - last_written >= 60 * config.checkpoint_minutes:
-                    if run.trace[: row + 1, [0, 1, 5]].isfinite().all():  # never over the last good one
-                        write_state()
-                    last_written = time.perf_counter()
-
-            with run.judged():
-                record = epoch_record(run, epoch, valid, config.seed, group)
-                good_weights = copy_of_weights(model)
-            record |= {"learning_rate": peaks[0] * rate_factor(run.step - 1), "beta": beta(run.step - 1)}
-            record["seconds"] = time.perf_counter() - start
-            history.append(record)
-            run.elapsed = 0.0
-            bar.set_postfix({key: f"{record[key]:.2f}" for key in ("train_elbo", "valid_elbo") if key in record})
-            if valid is not None and record["valid_elbo"] > run.best_elbo:
-                run.best_elbo, history.best_epoch = record["valid_elbo"], epoch
-                if config.patience is not None:
-                    run.best_weights = good_weights
-            if folder is not None and group.leads:
-                write_text(folder / HISTORY, "".join(json.dumps(line) + "\n" for line in history))
-                if epoch % config.checkpoint_epochs == 0:
-                    write_state()
-                    last_written = time.perf_counter()
-            if writer is not None:
-                for key, value in record.items():
-                    if value is not None:
-                        writer.add_scalar(key, value, epoch)
-        write_state()
-    except KeyboardInterrupt:
-        history.stopped = "interrupted"
-        if whole:  # raised between two steps, and not by a second Ctrl-C amid one
-            write_state()
-    except FloatingPointError:
-        run.best_weights = good_weights
-        raise
-    finally:
-        release()
-        history.steps = run.step - first_step
-        bar.close()
-        if writer is not None:
-            writer.close()
-        for module, mode in modes.items():
-            module.training = mode
-        if run.best_weights is not None:
-            model.load_state_dict(run.best_weights)
-        elif run.averages is not None:
-            torch._foreach_copy_([parameter.detach() for parameter in model.parameters()], run.averages)
-    if history:
-        kept = history[-1] if run.best_weights is None or history.best_epoch is None else history[history.best_epoch - 1]
-        history.diverged = divergence(kept, run.first_elbo, steps_per_epoch, math.prod(model.image_shape))
-    return history
+    }
 
 
 def summed(trace: Tensor, group: Group) -> Tensor:
@@ -764,16 +632,18 @@ def tensorboard_writer() -> Any:
     return SummaryWriter
 
 
-def hold_interrupts() -> tuple[list[int], Callable[[], object]]:
+@contextmanager
+def held_interrupts() -> Iterator[list[int]]:
     """Let the first Ctrl-C wait until the step is done, so that a checkpoint can be written; the second one acts at once.
 
-    Returns:
-        A list that the first Ctrl-C fills, and a function that puts the old handling back.
+    Yields:
+        A list that the first Ctrl-C fills.
     """
     pressed: list[int] = []
     ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # as in a job in the background
     if ignored or threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        return pressed, lambda: None
+        yield pressed
+        return
 
     def note(number: int, frame: Any) -> None:
         if pressed:
@@ -781,4 +651,7 @@ def hold_interrupts() -> tuple[list[int], Callable[[], object]]:
         pressed.append(number)
 
     before = signal.signal(signal.SIGINT, note)
-    return pressed, lambda: signal.signal(signal.SIGINT, before) and None
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
