@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import math
@@ -13,9 +14,11 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -122,8 +125,44 @@ def model_arguments(model: str, likelihood: str, options: str = "", **given: str
     return arguments | further
 
 
+def config_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of `TrainConfig` in place of its argument `config`.
+
+    Type, default and help of an option are those of the field; where a field may be None, 0 stands for it. Left out are `progress` and
+    `optimizer_options`, which a command line has no use for; and the mode of `compile`.
+    """
+    kinds = get_type_hints(TrainConfig)
+    meanings = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(TrainConfig) or "", re.MULTILINE)
+    texts = {name: re.sub(r'[`"]', "", " ".join((text[0].upper() + text[1:]).split())) for name, text in meanings}
+    options, nullable = [], []
+    for field in fields(TrainConfig):
+        if field.name in ("progress", "optimizer_options"):
+            continue
+        kind = bool if field.name == "compile" else (get_args(kinds[field.name]) or (kinds[field.name],))[0]
+        text, default = texts[field.name], field.default
+        if type(None) in get_args(kinds[field.name]):
+            nullable.append(field.name)
+            text, default = f"{text} 0 is None.", kind(default or 0)
+        option = typer.Option(f"--{field.name.replace('_', '-')}", help=text)  # its name alone: no --no-flip
+        options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]))
+
+    signature = inspect.signature(command, eval_str=True)
+    own = [parameter.replace(kind=parameter.KEYWORD_ONLY) for name, parameter in signature.parameters.items() if name != "config"]
+
+    @functools.wraps(command)
+    def configured(**given: Any) -> None:
+        values: dict[str, Any] = {option.name: given.pop(option.name) for option in options}
+        command(config=TrainConfig(**values | {name: values[name] or None for name in nullable}), **given)
+
+    configured.__signature__ = signature.replace(parameters=[*own, *options])  # type: ignore[attr-defined]
+    configured.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+    return configured
+
+
 @app.command()
+@config_options
 def train(
+    config: TrainConfig,
     data: Annotated[str, typer.Option(help=f"Image set: {', '.join(NAMES)}; default: mnist.")] = "",
     folder: Annotated[str, typer.Option(help="Folder of image files, instead of --data.")] = "",
     size: Annotated[str, typer.Option(help="With --folder: side of the images, or HEIGHTxWIDTH; default: 64.")] = "",
@@ -142,35 +181,12 @@ def train(
     model_options: Annotated[
         str, typer.Option(help="JSON object with further arguments of the model's function, as in the reference: {\"width\": 64}.")
     ] = "",
-    epochs: int = TrainConfig.epochs,
-    batch_size: Annotated[int, typer.Option(help="Images per step, over all processes together.")] = TrainConfig.batch_size,
-    optimizer: Annotated[str, typer.Option(help="A class of torch.optim.")] = "Adam",
-    learning_rate: float = TrainConfig.learning_rate,
-    schedule: Annotated[str, typer.Option(help="cosine, linear or constant.")] = "cosine",
-    warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = TrainConfig.warmup,
-    clip_norm: Annotated[float, typer.Option(help="Largest norm of the gradient; 0 leaves it alone.")] = 100.0,
-    skip_norm: Annotated[float, typer.Option(help="Steps with a larger gradient are left out; 0 leaves none out.")] = 0.0,
-    beta: float = 1.0,
-    kl_warmup_epochs: float = 0.0,
-    free_bits: Annotated[float, typer.Option(help="Nats per latent unit that cost nothing.")] = 0.0,
-    objective: Annotated[str, typer.Option(help="elbo, iwae or dreg.")] = "elbo",
-    num_samples: Annotated[int, typer.Option(help="Draws of z per image and step.")] = 1,
-    ema_decay: Annotated[float, typer.Option(help="Decay of the moving average of the weights; 0 keeps none.")] = 0.0,
-    flip: Annotated[bool, typer.Option("--flip", help="Mirror images at random.")] = False,
-    precision: Annotated[str, typer.Option(help="float32 or bf16.")] = "float32",
-    compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
-    compile_mode: Annotated[str, typer.Option(help="Use it in this mode, such as reduce-overhead (CUDA graphs).")] = "",
-    channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels innermost in memory.")] = False,
-    patience: Annotated[int, typer.Option(help="Stop after so many epochs without a better held-out ELBO; 0 never stops.")] = 0,
+    compile_mode: Annotated[str, typer.Option(help="torch.compile in this mode, such as reduce-overhead (CUDA graphs).")] = "",
     valid_size: Annotated[int, typer.Option(help="Training images held out for the curve; 0 takes a twelfth.")] = 0,
-    checkpoint_epochs: Annotated[int, typer.Option(help="Epochs between checkpoints.")] = 1,
-    checkpoint_minutes: Annotated[float, typer.Option(help="Minutes between checkpoints amid an epoch; 0 writes none.")] = 0.0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the folder's checkpoint, or start where there is none.")
     ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write the history for TensorBoard too.")] = False,
-    seed: int = 0,
-    device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is already in the folder.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -187,33 +203,8 @@ def train(
         channels=channels,
         residual_blocks=residual_blocks,
     )
-    config = TrainConfig(
-        epochs=epochs,
-        batch_size=batch_size,
-        optimizer=optimizer,
-        learning_rate=learning_rate,
-        schedule=schedule,
-        warmup=warmup,
-        clip_norm=clip_norm or None,
-        skip_norm=skip_norm or None,
-        beta=beta,
-        kl_warmup_epochs=kl_warmup_epochs,
-        free_bits=free_bits,
-        objective=objective,
-        num_samples=num_samples,
-        ema_decay=ema_decay or None,
-        flip=flip,
-        precision=precision,
-        compile=compile_mode or compiled,
-        channels_last=channels_last,
-        patience=patience or None,
-        checkpoint_epochs=checkpoint_epochs,
-        checkpoint_minutes=checkpoint_minutes or None,
-        seed=seed,
-        device=device,
-        progress=not as_json,
-    )
-    group = join(choose_device(device))
+    config = replace(config, compile=compile_mode or config.compile, progress=not as_json)
+    group = join(choose_device(config.device))
     if resume and overwrite:
         raise ValueError("overwrite: got it beside --resume, expected one of the two")
     check_unused(out, resume, overwrite)
@@ -225,8 +216,8 @@ def train(
     group.wait()
     if not group.leads:
         images = load_folder(folder, shape) if folder else images_named(data)
-    train_images, valid = train_valid_split(images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, seed)
-    torch.manual_seed(seed)
+    train_images, valid = train_valid_split(images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, config.seed)
+    torch.manual_seed(config.seed)
     if "num_classes" in inspect.signature(MODELS[model]).parameters:
         arguments["num_classes"] = len(images.classes)
     vae = MODELS[model](image_shape=images.image_shape, **arguments)
@@ -249,7 +240,7 @@ def train(
             return
         save(vae, out)
         # the epoch whose weights are saved: the best one where an early stop put it back; none where Ctrl-C came amid one
-        saved_epoch = dict(history[history.best_epoch - 1 if patience and history.best_epoch else -1]) if history else {}
+        saved_epoch = dict(history[history.best_epoch - 1 if config.patience and history.best_epoch else -1]) if history else {}
         saved_epoch.pop("seconds", None)
         if history.stopped == "interrupted":
             saved_epoch = {}
@@ -266,7 +257,7 @@ def train(
             "seconds_of_all_epochs": round(sum(history["seconds"]), 1),
             **saved_epoch,
         }
-        record = entry(shlex.join(["vaelib", *sys.argv[1:]]), seed, seconds, summary)
+        record = entry(shlex.join(["vaelib", *sys.argv[1:]]), config.seed, seconds, summary)
         record |= {"data": data} if data else {"folder": summary["folder"]}
         record |= {"model": vae.config, "training": config.as_dict()}
         write_text(out / RUN, json.dumps(record, indent=2) + "\n")
