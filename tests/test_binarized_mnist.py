@@ -108,7 +108,7 @@ def test_the_likelihood_leaves_binary_pixels_exactly_as_they_are(served, tmp_pat
     wanted = (pixels == 255).float()
     for seed in range(20):
         assert torch.equal(model.likelihood.observe(pixels, torch.Generator().manual_seed(seed)), wanted)
-        assert torch.equal(torch.cat([x for x, _ in vaelib.vae.observations(model, pixels, 5, seed)]), wanted)
+        assert torch.equal(torch.cat([x for x, _ in vaelib.heldout.observations(model, pixels, 5, seed)]), wanted)
         assert torch.equal(vaelib.likelihoods.binarize_by_draws(pixels, torch.Generator().manual_seed(seed)), wanted)
 
 

@@ -102,9 +102,9 @@ def imports_of(module):
 
 
 ORDER = [
-    *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "hierarchical", "conditional"),
-    *("storage", "checkpoints", "distributed", "config", "training", "evaluation", "reproduce", "generation", "priors", "retrieval", "quality"),
-    *("oracles", "checks", "ledger", "plotting", "widgets", "cli"),
+    *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae"),
+    *("heldout", "hierarchical", "conditional", "storage", "checkpoints", "distributed", "config", "training", "evaluation", "reproduce"),
+    *("generation", "priors", "retrieval", "quality", "oracles", "checks", "ledger", "plotting", "widgets", "cli"),
 ]
 
 

@@ -51,7 +51,7 @@ def two_heaps():
 def test_posterior_samples_are_draws_of_q_with_the_noise_of_the_image(trained, digits):
     z = posterior_samples(trained, digits, seed=3)
     assert z.shape == (1500, 4)
-    x, keys = next(vaelib.vae.observations(trained, digits.pixels, 1500, 3))
+    x, keys = next(vaelib.heldout.observations(trained, digits.pixels, 1500, 3))
     mean, log_var = trained.encode(x)
     eps = noise.normal_noise(keys, (4,), noise.LATENT)
     torch.testing.assert_close(z, (mean + (log_var / 2).exp() * eps).detach(), rtol=1e-5, atol=1e-5)
@@ -64,7 +64,7 @@ def test_posterior_samples_of_a_hierarchical_model_come_down_its_groups(digits):
     torch.manual_seed(0)
     model = vaelib.hierarchical_vae((1, 28, 28), ((2, 1), (1, 1)), width=8, bottleneck=4, blocks=1, likelihood="bernoulli")
     z = posterior_samples(model, digits.pixels[:5])
-    x, keys = next(vaelib.vae.observations(model, digits.pixels[:5], 5, 0))
+    x, keys = next(vaelib.heldout.observations(model, digits.pixels[:5], 5, 0))
     eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
     assert torch.equal(z, model.draw(x, 1, eps).z[0])
     assert posterior_samples(model, digits.pixels[:5], batch_size=2).shape == (5, model.latent_dim)

@@ -149,26 +149,13 @@ def test_the_size_of_the_blocks_does_not_matter(monkeypatch):
                 assert torch.equal(part.distances, whole.distances)
 
 
-def test_both_ways_to_compute_the_products_find_the_same(monkeypatch):
-    q, x = random_codes(30, 5, 1), random_codes(2000, 5, 2)
-    for distance in ("euclidean", "cosine"):
-        found = nearest_neighbours(q, x, 7, distance)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-            patch.setattr(retrieval, "conv2d", None)
-            other = nearest_neighbours(q, x, 7, distance)
-        assert torch.equal(found.indices, other.indices)
-        assert torch.equal(found.distances, other.distances)
-
-
-def test_raw_pixels_are_not_searched_twice(digits, monkeypatch):
-    """The bound on the rounding grows with the numbers as the distances do: no query needs the second, full search."""
-    passes = []
-    sides = retrieval.database_sides
-    monkeypatch.setattr(retrieval, "database_sides", lambda *arguments: passes.append(1) or sides(*arguments))
+def test_raw_pixels_need_no_more_candidates_than_codes_do(digits, monkeypatch):
+    """The bound on the rounding grows with the numbers as the distances do: the few candidates that are taken first suffice."""
+    widths, exact_distances = [], retrieval.exact_distances
+    monkeypatch.setattr(retrieval, "exact_distances", lambda *given: widths.append(given[2].shape[1]) or exact_distances(*given))
     flat = digits.pixels.flatten(1).float()
     found = nearest_neighbours(flat[:50] / 3, flat, k=5)
-    assert len(passes) == 1
+    assert set(widths) == {5 + retrieval.SPARE}
     exact = torch.cdist(flat[:50].double() / 3, flat.double(), compute_mode="donot_use_mm_for_euclid_dist")
     assert torch.equal(found.indices, exact.float().argsort(dim=1, stable=True)[:, :5])
 

@@ -54,7 +54,7 @@ def test_noise_is_drawn_on_the_device_of_the_mean():
 
 
 def test_observations_are_made_on_the_device_of_the_model(small_vae, digits):
-    x, keys = next(vaelib.vae.observations(small_vae.to("meta"), digits.pixels[:5], 3, 0))
+    x, keys = next(vaelib.heldout.observations(small_vae.to("meta"), digits.pixels[:5], 3, 0))
     assert x.device.type == keys.device.type == "meta"
     assert x.shape == (3, 1, 28, 28)
 
@@ -62,14 +62,14 @@ def test_observations_are_made_on_the_device_of_the_model(small_vae, digits):
 def test_a_model_that_needs_labels_comes_bound_to_those_of_each_chunk_and_others_come_as_they_are(small_vae, digits):
     images = digits[100:125]  # the first thirty labels only count from 0 to 9, over and over
     conditional = vaelib.conditional.conditional_vae((1, 28, 28), 10, (8,), 4)
-    x, keys = (torch.cat(parts) for parts in zip(*vaelib.vae.observations(small_vae, images.pixels, 25, 3), strict=True))
+    x, keys = (torch.cat(parts) for parts in zip(*vaelib.heldout.observations(small_vae, images.pixels, 25, 3), strict=True))
     for model, data, bound in (
         (conditional, images, True),
         (conditional.given(3), images, False),
         (small_vae, images, False),
         (small_vae, images.pixels, False),
     ):
-        models, xs, ks = zip(*vaelib.vae.given_labels(model, data, 10, 3), strict=True)
+        models, xs, ks = zip(*vaelib.heldout.given_labels(model, data, 10, 3), strict=True)
         assert [len(part) for part in xs] == [10, 10, 5]
         assert torch.equal(torch.cat(xs), x)
         assert torch.equal(torch.cat(ks), keys)

@@ -22,6 +22,7 @@ from vaelib.evaluation import (
     rate_decomposition,
 )
 from vaelib.generation import generate, interpolate, latent_grid, reconstruct
+from vaelib.heldout import heldout_elbo
 from vaelib.hierarchical import HierarchicalVAE, TwoLayerVAE, hierarchical_vae, two_layer_vae
 from vaelib.likelihoods import (
     Bernoulli,
@@ -49,7 +50,7 @@ from vaelib.objectives import (
 from vaelib.retrieval import LatentIndex, Neighbours, nearest_neighbours
 from vaelib.storage import load, save
 from vaelib.training import History, fit
-from vaelib.vae import VAE, conv_vae, heldout_elbo, mlp_vae, register_model
+from vaelib.vae import VAE, conv_vae, mlp_vae, register_model
 
 __version__ = "0.1.0"
 

@@ -14,9 +14,10 @@ from vaelib import noise
 from vaelib._validation import check_int, check_number, plain
 from vaelib.data import ImageSet
 from vaelib.densities import Posterior, kl_divergence
+from vaelib.heldout import evaluating, heldout_elbo, latent_noise, over_images
 from vaelib.likelihoods import bits_per_dim
 from vaelib.objectives import gaussian_log_density
-from vaelib.vae import VAE, evaluating, given_labels, heldout_elbo
+from vaelib.vae import VAE
 
 REFINE, ANNEAL, ACCEPT = 3, 4, 5  # streams of noise beside those of `vaelib.noise`: draws for the ascent, z and momenta, acceptance
 FEW_DRAWS = 10  # an estimate on which fewer draws count is not to be relied on
@@ -150,18 +151,18 @@ def importance_weighted_estimate(
     """
     num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
-    chunks = []
-    with evaluating(model):
-        for bound, x, keys in given_labels(model, images, batch_size, seed):
-            total = squares = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")  # of w and w^2; MPS has no float64
-            for start in range(0, num_samples, sample_batch):
-                count = min(sample_batch, num_samples - start)
-                eps = noise.normal_noise(keys, (count, model.latent_dim), noise.LATENT, start * model.latent_dim)
-                log_weights = bound.log_weights(x, count, eps.transpose(0, 1), validate=False).cpu().double()
-                total = torch.logaddexp(total, torch.logsumexp(log_weights, 0))
-                squares = torch.logaddexp(squares, torch.logsumexp(2 * log_weights, 0))
-            chunks.append((total - math.log(num_samples), (2 * total - squares).exp()))
-    return ImportanceWeightedEstimate(*(torch.cat(values).float() for values in zip(*chunks, strict=True)))
+
+    def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        total = squares = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")  # of w and w^2; MPS has no float64
+        for start in range(0, num_samples, sample_batch):
+            count = min(sample_batch, num_samples - start)
+            eps = latent_noise(keys, count, model.latent_dim, start)
+            log_weights = model.log_weights(x, count, eps, validate=False).cpu().double()  # (K, N)
+            total = torch.logaddexp(total, torch.logsumexp(log_weights, 0))
+            squares = torch.logaddexp(squares, torch.logsumexp(2 * log_weights, 0))
+        return (total - math.log(num_samples)).float(), (2 * total - squares).exp().float()
+
+    return ImportanceWeightedEstimate(*over_images(model, images, batch_size, seed, measure))
 
 
 def check_normalized(model: VAE) -> None:
@@ -201,12 +202,12 @@ def annealed_log_likelihood(
     check_normalized(model)
     course = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64, device="cpu").sigmoid()
     schedule = ((course - course[0]) / (course[-1] - course[0])).tolist()
-    estimates = []
-    with evaluating(model):
-        for bound, x, keys in given_labels(model, images, batch_size, seed):
-            log_weights = _anneal(bound, x, keys, schedule, num_chains, leapfrog_steps)
-            estimates.append((torch.logsumexp(log_weights, 0) - math.log(num_chains)).float())
-    return torch.cat(estimates)
+
+    def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor]:
+        log_weights = _anneal(model, x, keys, schedule, num_chains, leapfrog_steps)  # (chains, N)
+        return ((torch.logsumexp(log_weights, 0) - math.log(num_chains)).float(),)
+
+    return over_images(model, images, batch_size, seed, measure)[0]
 
 
 def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chains: int, leapfrog_steps: int) -> Tensor:
@@ -373,24 +374,24 @@ def inference_gaps(
     """
     num_samples, sample_batch = check_int("num_samples", num_samples), check_int("sample_batch", sample_batch)
     check_normalized(model)
-    chunks = []
-    with evaluating(model):
-        for bound, x, keys in given_labels(model, images, batch_size, seed):
-            proposals = (bound.encode(x), refine_posterior(bound, x, steps, learning_rate, seed=seed, validate=False))
-            elbos = [torch.zeros(len(x), dtype=torch.float64, device="cpu") for _ in proposals]
-            total = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")
-            for start in range(0, num_samples, sample_batch):
-                shape = (min(sample_batch, num_samples - start), model.latent_dim)
-                eps = noise.normal_noise(keys, shape, noise.LATENT, start * model.latent_dim).transpose(0, 1).to(x)
-                for side, q in enumerate(proposals):
-                    z = q.sample(eps)
-                    log_likelihood, kl = bound.log_likelihood(x, z), mean_kl(q, bound.prior, z).cpu().double()
-                    elbos[side] += log_likelihood.cpu().double().sum(0) / num_samples - kl * (len(eps) / num_samples)
-                    mixture = torch.logaddexp(*(proposal.log_prob(z) for proposal in proposals))  # twice the mixture's density
-                    log_weights = log_likelihood + bound.prior.log_prob(z) - mixture
-                    total = torch.logaddexp(total, torch.logsumexp(log_weights, 0).cpu().double())
-            chunks.append((*elbos, total - math.log(num_samples)))  # K draws of each q, weights of half the size: 2 cancels
-    return InferenceGaps(*(torch.cat(values).float() for values in zip(*chunks, strict=True)))
+
+    def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        proposals = (model.encode(x), refine_posterior(model, x, steps, learning_rate, seed=seed, validate=False))
+        elbos = [torch.zeros(len(x), dtype=torch.float64, device="cpu") for _ in proposals]
+        total = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")
+        for start in range(0, num_samples, sample_batch):
+            eps = latent_noise(keys, min(sample_batch, num_samples - start), model.latent_dim, start).to(x)  # (K, N, L)
+            for side, q in enumerate(proposals):
+                z = q.sample(eps)
+                log_likelihood, kl = model.log_likelihood(x, z), mean_kl(q, model.prior, z).cpu().double()
+                elbos[side] += log_likelihood.cpu().double().sum(0) / num_samples - kl * (len(eps) / num_samples)
+                mixture = torch.logaddexp(*(proposal.log_prob(z) for proposal in proposals))  # twice the mixture's density
+                log_weights = log_likelihood + model.prior.log_prob(z) - mixture
+                total = torch.logaddexp(total, torch.logsumexp(log_weights, 0).cpu().double())
+        # K draws of each q, weights of half the size: 2 cancels
+        return tuple(value.float() for value in (*elbos, total - math.log(num_samples)))
+
+    return InferenceGaps(*over_images(model, images, batch_size, seed, measure))
 
 
 def posteriors(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Posterior:
@@ -402,21 +403,19 @@ def posteriors(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, se
     Raises:
         ValueError: For a model whose posterior is no `Posterior`.
     """
-    mean, log_var = [], []
-    with evaluating(model):
-        for bound, x, _ in given_labels(model, images, batch_size, seed):
-            q = bound.encode(x)
-            if not isinstance(q, Posterior):
-                raise ValueError(f"model: got one with the posterior {type(q).__name__}, expected a Gaussian q(z given x)")
-            mean.append(q.mean.cpu())
-            log_var.append(q.log_var.cpu())
-    return Posterior(torch.cat(mean), torch.cat(log_var))
+
+    def measure(model: VAE, x: Tensor, keys: Tensor) -> Posterior:
+        q = model.encode(x)
+        if not isinstance(q, Posterior):
+            raise ValueError(f"model: got one with the posterior {type(q).__name__}, expected a Gaussian q(z given x)")
+        return q
+
+    return Posterior(*over_images(model, images, batch_size, seed, measure))
 
 
 def posterior_means(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
     """The posterior mean of each image: (N, latent_dim), on the CPU."""
-    with evaluating(model):
-        return torch.cat([bound.encode(x).mean.cpu() for bound, x, _ in given_labels(model, images, batch_size, seed)])
+    return over_images(model, images, batch_size, seed, lambda model, x, keys: (model.encode(x).mean,))[0]
 
 
 def active_units(model: VAE, images: ImageSet | Tensor, threshold: float = 0.01, batch_size: int = 1000, seed: int = 0) -> Tensor:
@@ -435,16 +434,15 @@ def kl_per_unit(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, s
 
     A unit at 0 carries nothing: its posterior has collapsed onto the prior.
     """
-    total = torch.zeros(model.latent_dim, dtype=torch.float64, device="cpu")
-    with evaluating(model):
-        for bound, x, keys in given_labels(model, images, batch_size, seed):
-            eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
-            terms = bound.elbo(x, 1, eps, validate=False)
-            if terms.kl_per_unit is None:
-                expected = "a pair whose KL is closed form, see vaelib.densities.register_kl"
-                raise ValueError(f"model: got one whose KL to the prior {type(model.prior).__name__} has no units, expected {expected}")
-            total += terms.kl_per_unit.sum(0).cpu().double()
-    return (total / len(images)).float()
+
+    def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor]:
+        terms = model.elbo(x, 1, latent_noise(keys, 1, model.latent_dim), validate=False)
+        if terms.kl_per_unit is None:
+            expected = "a pair whose KL is closed form, see vaelib.densities.register_kl"
+            raise ValueError(f"model: got one whose KL to the prior {type(model.prior).__name__} has no units, expected {expected}")
+        return (terms.kl_per_unit.sum(0, keepdim=True),)  # of a chunk
+
+    return (over_images(model, images, batch_size, seed, measure)[0].double().sum(0) / len(images)).float()
 
 
 class RateDecomposition(NamedTuple):
@@ -466,15 +464,12 @@ def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2
     Raises:
         ValueError: For a model whose q is not one diagonal Gaussian for each image, such as a hierarchical one.
     """
-    drawn: tuple[list[Tensor], ...] = ([], [], [], [])
-    with evaluating(model):
-        for bound, x, keys in given_labels(model, images, 1000, seed):
-            eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)
-            draw = bound.draw(x, 1, eps, validate=False)
-            q = draw.gaussian()
-            for kept, value in zip(drawn, (*q, draw.z[0], draw.p.log_prob(draw.z)[0]), strict=True):
-                kept.append(value.cpu().double())
-    mean, log_var, z, log_prior = (torch.cat(kept) for kept in drawn)
+
+    def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
+        draw = model.draw(x, 1, latent_noise(keys, 1, model.latent_dim), validate=False)
+        return *draw.gaussian(), draw.z[0], draw.p.log_prob(draw.z)[0]
+
+    mean, log_var, z, log_prior = (value.double() for value in over_images(model, images, 1000, seed, measure))
     chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(int(seed)), device="cpu")[: check_int("num_draws", num_draws)]
     precision = (-log_var).exp()
     constant = (mean.square() * precision + log_var).sum(1) + model.latent_dim * math.log(2 * math.pi)  # (N,)

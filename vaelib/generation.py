@@ -13,7 +13,8 @@ from torch import Tensor
 from vaelib._validation import check_choice, check_int, check_number, check_pixels, check_seed, describe, warn_of_scale
 from vaelib.data import ImageSet
 from vaelib.evaluation import kl_per_unit, posterior_means
-from vaelib.vae import VAE, evaluating, observations
+from vaelib.heldout import evaluating, observations
+from vaelib.vae import VAE
 
 CHUNK = 500  # codes decoded at once: a mixture likelihood's params of so many images take some 200 MB
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from vaelib import noise
 from vaelib._validation import check_int, check_seed
 from vaelib.data import ImageSet
+from vaelib.heldout import evaluating, latent_noise, over_images
 from vaelib.objectives import loss
-from vaelib.vae import VAE, evaluating, given_labels, mlp_vae
+from vaelib.vae import VAE, mlp_vae
 
 
 def posterior_samples(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
@@ -24,12 +25,11 @@ def posterior_samples(model: VAE, images: ImageSet | Tensor, batch_size: int = 1
 
     The noise belongs to the image (`vaelib.noise`): the draw depends on `seed`, but neither on the batch size nor on the order.
     """
-    codes = []
-    with evaluating(model):
-        for bound, x, keys in given_labels(model, images, batch_size, seed):
-            eps = noise.normal_noise(keys, (1, model.latent_dim), noise.LATENT).transpose(0, 1)  # (1, N, L)
-            codes.append(bound.draw(x, 1, eps, validate=False).z[0].cpu())
-    return torch.cat(codes)
+
+    def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor]:
+        return (model.draw(x, 1, latent_noise(keys, 1, model.latent_dim), validate=False).z[0],)
+
+    return over_images(model, images, batch_size, seed, measure)[0]
 
 
 def codes_to_fit(model: VAE, images: ImageSet | Tensor, seed: int, least: int) -> Tensor:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from vaelib._validation import check_int, check_pixels, describe
 from vaelib.data import ImageSet
+from vaelib.heldout import evaluating
 from vaelib.retrieval import Neighbours, nearest_neighbours
-from vaelib.vae import evaluating
 
 FEATURES_FILE = "mnist-features.safetensors"
 

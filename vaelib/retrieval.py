@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.nn.functional import conv2d, normalize
+from torch.nn.functional import normalize
 
 from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed, describe
 from vaelib.conditional import ConditionalVAE
@@ -30,8 +30,7 @@ STATISTICAL = DISTANCES[2:]  # between posteriors; the others are between their 
 METHODS = ("exact", "hnsw", "ivf_pq")
 VERSION = 1  # of the index file
 SPARE = 8  # candidates beyond k whose distance is computed exactly
-GROUP = 32  # scores per group; only the groups with the lowest minima are looked into
-NUMBERS = 6 * 2**20  # scores, or numbers of codes, in memory at once: 24 MiB, below what malloc returns to the system at each free
+NUMBERS = 2**22  # scores in memory at once: 16 MiB
 
 
 class Neighbours(NamedTuple):
@@ -66,16 +65,15 @@ def nearest_neighbours(
 ) -> Neighbours:
     """The k nearest of the database for each query, exactly; ties go to the lower index.
 
-    The database is read once, block by block, and the work is done where it is. Matrix products find k + 8 candidates of each query;
-    their distances are then computed in float64, rounded to float32 and sorted by (distance, index). A query whose candidates might
-    lack a tie or a nearer code, by a bound on the rounding of the products, is searched again with that bound.
+    Matrix products find candidates of each query, where the database is; their distances are then computed in float64, rounded to
+    float32 and sorted by (distance, index). Candidates are all that could be among the k nearest by a bound on the products' rounding.
 
     Args:
         queries: (Q, L), or a `Posterior` of that shape; the statistical distances need posteriors.
         database: (N, L), or a `Posterior`.
         k: neighbours per query, at most N.
         distance: see `distance_between`.
-        block: queries at a time.
+        block: queries at a time, at most; fewer where their distances to all codes would take much memory.
 
     Raises:
         ValueError: For codes of another shape, NaN or infinity among them, an unknown distance, or k above N.
@@ -83,21 +81,39 @@ def nearest_neighbours(
     q, x = check_pair(queries, database, distance)
     if check_int("k", k) > len(x.mean):
         raise ValueError(f"k: got {k}, expected at most the {len(x.mean)} codes there are")
-    kept, reach = min(k + SPARE, len(x.mean)), (0.0, 0.0)
-    parts = [at(q, slice(i, i + block)) for i in range(0, len(q.mean), check_int("block", block))]
-    sides = [query_side(part, distance) for part in parts]
-    best: dict[int, tuple[Tensor, Tensor]] = {}
-    for start, psi, size in database_sides(x, distance, block):
-        reach = max(reach[0], size[0]), max(reach[1], size[1])
-        for i, (phi, _) in enumerate(sides):
-            values, rows = shortlist(scores(phi, psi, distance), kept)
-            rows = rows + start
-            if start:
-                values, rows = torch.cat([best[i][0], values], 1), torch.cat([best[i][1], rows], 1)
-            top = values.topk(min(kept, values.shape[1]), largest=False)
-            best[i] = top.values, rows.gather(1, top.indices)
-    found = [ranked(part, x, *side, *top, k, distance, reach) for part, side, top in zip(parts, sides, best.values(), strict=True)]
+    side = database_side(x, distance)
+    found = [nearest_of_few(at(q, rows), x, side, k, distance) for rows in blocks(q, x, distance, block)]
     return Neighbours(*(torch.cat(part) for part in zip(*found, strict=True)))
+
+
+def nearest_of_few(q: Posterior, x: Posterior, side: DatabaseSide, k: int, distance: str) -> Neighbours:
+    """`nearest_neighbours` of queries whose scores (B, N) fit into memory."""
+    phi, offset = query_side(q, distance)
+    values = scores(phi, side, distance)  # (B, N)
+    top = values.topk(min(k + SPARE, len(x.mean)), largest=False)
+    # of a sum of D products: at most D eps, and 8 sqrt(D) eps but for chances below 1e-13 (Higham and Mary 2019)
+    coarse = values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    rounding = min(phi.shape[1] + 5, 8 * math.sqrt(phi.shape[1] + 1)) * (2**-8 if coarse else torch.finfo(values.dtype).eps)
+    error = rounding * ((1 + phi.norm(dim=1)) * (1 + side.norm) + side.most)
+    furthest = top.values[:, k - 1]
+    limit = furthest + 2 * error + 2**-21 * (furthest + offset.to(furthest)).abs()  # distances that round to one number are a tie
+    columns = top.indices
+    if len(lacking := values[top.values[:, -1] <= limit]):  # more candidates than were taken, many equal codes perhaps
+        kept = int((lacking <= limit[top.values[:, -1] <= limit, None]).sum(1).max())
+        columns = values.topk(kept, largest=False).indices
+    columns = columns.cpu().sort(1).values  # so that a stable sort leaves ties in the order of their indices
+    step = max(1, NUMBERS // (columns.shape[1] * x.mean.shape[1]))
+    parts = [slice(start, start + step) for start in range(0, len(columns), step)]
+    distances = torch.cat([exact_distances(at(q, rows), x, columns[rows], distance) for rows in parts])
+    order = distances.argsort(dim=1, stable=True)[:, :k]
+    return Neighbours(columns.gather(1, order), distances.gather(1, order))
+
+
+def blocks(q: Posterior, x: Posterior, distance: str, block: int) -> list[slice]:
+    """Slices of the queries, so that few numbers are in memory at once."""
+    most = NUMBERS // (x.mean.numel() if distance == "bhattacharyya" else len(x.mean))
+    step = max(1, min(check_int("block", block), most))
+    return [slice(start, start + step) for start in range(0, len(q.mean), step)]
 
 
 def check_pair(queries: Tensor | Posterior, database: Tensor | Posterior, distance: str) -> tuple[Posterior, Posterior]:
@@ -124,77 +140,64 @@ def at(codes: Posterior, index: Any) -> Posterior:
     return Posterior(*(None if part is None else part[index] for part in codes))
 
 
-def query_side(q: Posterior, distance: str) -> tuple[Tensor, Tensor]:
-    """phi (B, D + 1) and offset: a distance (the square of a Euclidean one) is phi . psi + offset; the offset ranks nothing.
+class DatabaseSide(NamedTuple):
+    """What the products of a search need of the database: the score of code j is phi . psi_j + bias_j, see `query_side`.
 
-    The last column of phi is 1 and that of psi the bias, the part of a distance that depends on the database alone. The Bhattacharyya
-    distance is no such product: there the other columns of phi and psi are the posteriors, as (mean, log_var).
+    Attributes:
+        psi: (N, D); of the Euclidean distance the codes themselves, not a copy.
+        bias: (N,), the part of a distance that depends on the database alone.
+        norm, most: the largest norm of psi, and the largest bias.
+    """
+
+    psi: Tensor
+    bias: Tensor
+    norm: float
+    most: float
+
+
+def query_side(q: Posterior, distance: str) -> tuple[Tensor, Tensor]:
+    """phi (B, D) and offset (B,): a distance (the square of a Euclidean one) is its score plus the offset, which ranks nothing.
+
+    The Bhattacharyya distance is no product: there phi and psi are the posteriors, as (mean, log_var).
     """
     if distance == "euclidean":
-        return with_column(-2 * q.mean.float(), 1), q.mean.double().square().sum(1)
+        return -2 * q.mean.float(), q.mean.double().square().sum(1)
     if distance == "cosine":
-        return with_column(-normalize(q.mean.float(), dim=1), 1), torch.ones(len(q.mean), device="cpu")
+        return -normalize(q.mean.float(), dim=1), torch.ones(len(q.mean), device=q.mean.device)
     mean, log_var = q.mean.double(), q.log_var.double()  # products of precisions are too wide for float32
     if distance == "bhattacharyya":
-        return with_column(torch.cat([mean, log_var], 1), 1), torch.zeros(len(mean), device="cpu")
+        return torch.cat([mean, log_var], 1), torch.zeros(len(mean), device=mean.device)
     precision = (-log_var).exp()
     phi = torch.cat([(log_var.exp() + mean**2) / 2, precision / 2, -mean, -mean * precision], 1)
-    return with_column(phi, 1), (mean**2 * precision).sum(1) / 2 - mean.shape[1]
+    return phi, (mean**2 * precision).sum(1) / 2 - mean.shape[1]
 
 
-def with_column(matrix: Tensor, column: Tensor | float) -> Tensor:
-    """The matrix (N, D) and one more column, (N,) or a number."""
-    return torch.cat([matrix, torch.as_tensor(column, dtype=matrix.dtype, device=matrix.device).expand(len(matrix))[:, None]], 1)
+def database_side(x: Posterior, distance: str) -> DatabaseSide:
+    """The database's part of the scores."""
+    mean, log_var = x
+    psi = mean.float() if log_var is None else torch.cat([mean, log_var], 1).double()
+    bias = psi.new_zeros(1).expand(len(psi))
+    if distance == "euclidean":
+        bias = psi.norm(dim=1).square()
+    elif distance == "cosine":
+        psi = normalize(psi, dim=1)
+    elif distance == "symmetric_kl":
+        mean, log_var = psi.chunk(2, dim=1)
+        precision = (-log_var).exp()
+        psi = torch.cat([precision, log_var.exp() + mean**2, mean * precision, mean], 1)
+        bias = (mean**2 * precision).sum(1) / 2
+    norm, most = psi.norm(dim=1).max().item(), bias.max().item()
+    if not math.isfinite(norm + most):
+        raise ValueError("database: got NaN, infinity or a number too large, expected finite numbers")
+    return DatabaseSide(psi, bias, norm, most)
 
 
-def database_sides(x: Posterior, distance: str, block: int) -> Iterator[tuple[int, Tensor, tuple[float, float]]]:
-    """First row, psi (n, D + 1) and (largest norm of psi without bias, largest bias) of each block, for `block` queries at a time."""
-    width = x.mean.shape[1]
-    rows = max(1, NUMBERS // (block * width if distance == "bhattacharyya" else max(block, width)))
-    for start in range(0, len(x.mean), rows):
-        mean, log_var = at(x, slice(start, start + rows))
-        psi = mean.float() if log_var is None else torch.cat([mean, log_var], 1).double()
-        bias = psi.new_zeros(1)
-        if distance == "euclidean":
-            bias = psi.norm(dim=1).square()
-        elif distance == "cosine":
-            psi = normalize(psi, dim=1)
-        elif distance == "symmetric_kl":
-            mean, log_var = psi.chunk(2, dim=1)
-            precision = (-log_var).exp()
-            psi = torch.cat([precision, log_var.exp() + mean**2, mean * precision, mean], 1)
-            bias = (mean**2 * precision).sum(1) / 2
-        size = psi.norm(dim=1).max().item(), bias.max().item()
-        if not math.isfinite(sum(size)):
-            raise ValueError("database: got NaN, infinity or a number too large, expected finite numbers")
-        yield start, with_column(psi, bias), size
-
-
-def scores(phi: Tensor, psi: Tensor, distance: str) -> Tensor:
-    """The distances less the queries' offsets, up to rounding: (n, B)."""
+def scores(phi: Tensor, side: DatabaseSide, distance: str) -> Tensor:
+    """The distances less the queries' offsets, up to rounding: (B, N)."""
     if distance == "bhattacharyya":
-        q, x = (Posterior(*part[:, :-1].chunk(2, 1)) for part in (phi, psi))
-        return distance_between(at(x, (slice(None), None)), q, distance)
-    if psi.is_cpu and psi.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        # the same product as a 1x1 convolution: oneDNN computes it twice as fast as the BLAS of torch's wheels on an AMD processor
-        return conv2d(psi[None, None].permute(0, 3, 1, 2), phi[:, :, None, None])[0, :, 0].T
-    return psi @ phi.T
-
-
-def shortlist(values: Tensor, kept: int) -> tuple[Tensor, Tensor]:
-    """Scores and rows, each (B, C), that hold the `kept` lowest of each query, from all (n, B): the groups with the lowest minima.
-
-    A vectorized minimum over groups is several times as fast as a selection among all rows.
-    """
-    (count, width), groups = values.shape, len(values) // GROUP
-    rows = torch.arange(count, device=values.device)
-    if groups <= kept:
-        return values.T, rows.expand(width, -1)
-    minima = values[: groups * GROUP].view(groups, GROUP, width).amin(1)
-    lowest = minima.T.contiguous().topk(kept, largest=False, sorted=False).indices  # (B, kept)
-    chosen = (lowest[:, :, None] * GROUP + rows[:GROUP]).flatten(1)
-    chosen = torch.cat([chosen, rows[groups * GROUP :].expand(width, -1)], 1)
-    return values.T.gather(1, chosen), chosen
+        q, x = (Posterior(*part.chunk(2, 1)) for part in (phi, side.psi))
+        return distance_between(at(q, (slice(None), None)), x, distance)
+    return torch.addmm(side.bias, phi, side.psi.T)
 
 
 def exact_distances(q: Posterior, x: Posterior, columns: Tensor, distance: str) -> Tensor:
@@ -202,35 +205,6 @@ def exact_distances(q: Posterior, x: Posterior, columns: Tensor, distance: str) 
     pair = (at(q, (slice(None), None)), at(x, columns.to(x.mean.device)))
     q, x = (Posterior(*(p if p is None else p.cpu().double() for p in codes)) for codes in pair)
     return distance_between(q, x, distance).float()
-
-
-def ranked(
-    q: Posterior, x: Posterior, phi: Tensor, offset: Tensor, values: Tensor, columns: Tensor, k: int, distance: str,
-    reach: tuple[float, float],
-) -> Neighbours:
-    """The k nearest among the candidates, or among all codes where the candidates might not do."""
-    columns = columns.cpu().sort(1).values  # so that a stable sort leaves ties in the order of their indices
-    distances = exact_distances(q, x, columns, distance)
-    order = distances.argsort(dim=1, stable=True)[:, :k]
-    indices, distances = columns.gather(1, order), distances.gather(1, order)
-    if columns.shape[1] == len(x.mean):
-        return Neighbours(indices, distances)
-    furthest = distances[:, -1].double() * (1 + 2**-23)  # up to here a distance may round to that of the last neighbour
-    coarse = values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    # of a sum of D products: at most D eps, and 8 sqrt(D) eps but for chances below 1e-13 (Higham and Mary 2019)
-    rounding = min(phi.shape[1] + 4, 8 * math.sqrt(phi.shape[1])) * (2**-8 if coarse else torch.finfo(values.dtype).eps)
-    error = rounding * ((1 + phi[:, :-1].norm(dim=1).cpu().double()) * (1 + reach[0]) + reach[1]) + 1e-12 * furthest
-    limit = (furthest.square() if distance == "euclidean" else furthest) - offset.cpu() + error
-    for row in (values[:, -1].cpu() <= limit).nonzero()[:, 0].tolist():
-        hits = [
-            (scores(phi[row : row + 1], psi, distance)[:, 0].cpu() <= limit[row]).nonzero()[:, 0] + start
-            for start, psi, _ in database_sides(x, distance, 1)
-        ]
-        near = torch.cat(hits)
-        again = torch.cat([exact_distances(at(q, [row]), x, part[None], distance)[0] for part in near.split(2**16)])
-        order = again.argsort(stable=True)[:k]
-        indices[row], distances[row] = near[order], again[order]
-    return Neighbours(indices, distances)
 
 
 def precision_at_k(found: Tensor, query_labels: Tensor) -> Tensor:
@@ -263,11 +237,10 @@ def average_precision(
     q, x = check_pair(queries, database, distance)
     query_labels, labels = query_labels.cpu(), labels.cpu()
     relevant, result = check_relevant(query_labels, labels), []
-    for start in range(0, len(q.mean), check_int("block", block)):
-        rows = slice(start, start + block)
+    side = database_side(x, distance)
+    for rows in blocks(q, x, distance, block):
         phi, _ = query_side(at(q, rows), distance)
-        parts = [scores(phi, psi, distance) for _, psi, _ in database_sides(x, distance, block)]
-        ranking = torch.cat(parts).T.argsort(dim=1, stable=True).cpu()
+        ranking = scores(phi, side, distance).argsort(dim=1, stable=True).cpu()
         hits = labels[ranking] == query_labels[rows, None]
         precision = hits.cumsum(1).double() / torch.arange(1, len(labels) + 1, device="cpu")
         result.append((precision * hits).sum(1) / relevant[rows])

@@ -26,9 +26,10 @@ from vaelib.config import OPTIMIZERS as OPTIMIZERS
 from vaelib.config import TrainConfig, kl_weight, learning_rate_factor, make_optimizer
 from vaelib.data import ImageSet, as_image_set, minibatches
 from vaelib.distributed import Group, join
+from vaelib.heldout import evaluating, heldout_elbo, labels_for
 from vaelib.objectives import ElboTerms, free_bits_kl, loss
 from vaelib.storage import BROKEN, only_writer, write_text
-from vaelib.vae import VAE, evaluating, heldout_elbo, labels_for
+from vaelib.vae import VAE
 
 HISTORY = "history.jsonl"
 TRACE = ("log_likelihood", "kl", "norm", "skipped", "count", "loss", "penalty")  # of a step; see `Run.loss_and_sums`

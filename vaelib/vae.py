@@ -9,24 +9,19 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from vaelib import noise
 from vaelib._validation import (
     check_image_shape,
     check_int,
     check_observation,
-    check_pixels,
     describe,
     plain,
-    warn_of_scale,
 )
-from vaelib.data import ImageSet
 from vaelib.densities import Draw, Posterior, StandardNormal, kl_divergence
 from vaelib.densities import reparameterize as reparameterize
 from vaelib.likelihoods import Likelihood, make_likelihood
@@ -218,80 +213,6 @@ class VAE(nn.Module):
         if eps.shape != shape:
             raise ValueError(f"eps: got {describe(eps)}, expected shape {shape}, (num_samples, N, latent_dim)")
         return eps
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No graph, evaluation mode; the model's mode is put back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of (x, keys) on the model's device; an image's x and its key don't depend on the chunk that it is in."""
-    for chunk in check_pixels("pixels", pixels, model.image_shape).split(check_int("batch_size", batch_size)):
-        chunk = chunk.to(model.device)
-        keys = noise.image_keys(chunk, seed)
-        uniform = noise.uniform_noise(keys, chunk.shape[1:], noise.OBSERVE)
-        yield model.likelihood.observe(chunk, uniform=uniform), keys
-
-
-def labels_for(model: VAE, argument: str, images: ImageSet) -> Tensor | None:
-    """The labels of a set for `VAE.given`, None where nobody gave any; ValueError where the model needs them, or knows others."""
-    try:
-        model.given(images.known_labels)
-    except ValueError as error:
-        if images.labelled:
-            raise
-        expected = "expected labels, or model.given(label): the model is conditional"
-        raise ValueError(f"{argument}: got {images.name!r} without labels, {expected}") from error
-    return images.known_labels
-
-
-def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: int) -> Iterator[tuple[VAE, Tensor, Tensor]]:
-    """Chunks of (model, x, keys), see `observations`; the model is the one for the labels of the chunk, see `VAE.given`.
-
-    Args:
-        images: an `ImageSet` or ``uint8`` pixels (N, C, H, W), which have no labels.
-    """
-    if isinstance(images, ImageSet):
-        pixels, labels = images.pixels, labels_for(model, "images", images)
-    else:
-        pixels, labels = check_pixels("pixels", images, model.image_shape), None
-        model.given(labels)
-        warn_of_scale("pixels", pixels)
-    start = 0
-    for x, keys in observations(model, pixels, batch_size, seed):
-        yield model.given(None if labels is None else labels[start : start + len(x)], validate=False), x, keys
-        start += len(x)
-
-
-def heldout_elbo(model: VAE, images: ImageSet | Tensor, num_samples: int = 1, batch_size: int = 1000, seed: int = 0) -> ElboTerms:
-    """`VAE.elbo` of every image of a set, in chunks and without a graph: terms of shape (N,), nats, on the CPU.
-
-    Binarization and z come from noise that belongs to each image (`vaelib.noise`): the result depends on `seed`, but neither on
-    the batch size nor on the order of the images.
-
-    Args:
-        images: an `ImageSet`, whose labels a conditional model is given, or ``uint8`` pixels (N, C, H, W).
-        num_samples: draws of z per image.
-        batch_size: images per chunk; num_samples * batch_size codes are decoded at once.
-    """
-    check_int("num_samples", num_samples)
-    log_likelihood, kl = [], []
-    with evaluating(model):
-        for bound, x, keys in given_labels(model, images, batch_size, seed):
-            eps = noise.normal_noise(keys, (num_samples, model.latent_dim), noise.LATENT).transpose(0, 1)  # (K, N, L)
-            terms = bound.elbo(x, num_samples, eps, validate=False)
-            log_likelihood.append(terms.log_likelihood.cpu())
-            kl.append(terms.kl.cpu())
-    return ElboTerms(torch.cat(log_likelihood), torch.cat(kl))
 
 
 def register_model(name: str) -> Callable[[Callable[P, M]], Callable[P, M]]:

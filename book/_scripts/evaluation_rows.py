@@ -17,8 +17,8 @@ import torch
 
 import vaelib
 from vaelib.evaluation import inference_gaps, standard_error
+from vaelib.heldout import observations
 from vaelib.ledger import entry
-from vaelib.vae import observations
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "evaluation-rows.json"

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import vaelib
+from vaelib.heldout import evaluating
 from vaelib.quality import FEATURES_FILE, FeatureNet
 from vaelib.storage import write_text
-from vaelib.vae import evaluating
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "python book/_scripts/features.py"
