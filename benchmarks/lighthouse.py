@@ -28,7 +28,7 @@ import threading
 import time
 from pathlib import Path
 
-from vaelib.ledger import hardware, record
+from vaelib.book.ledger import hardware, record
 
 VERSION = "12.8.2"  # the last that runs on node 18 and 20
 BOOK = Path(__file__).parent.parent / "book"

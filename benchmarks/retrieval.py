@@ -23,7 +23,7 @@ import faiss
 import torch
 
 import vaelib
-from vaelib.ledger import hardware, record
+from vaelib.book.ledger import hardware, record
 from vaelib.retrieval import LatentIndex, extended, nearest_neighbours
 from vaelib.vae import Posterior
 

@@ -35,8 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
 import vaelib
-from vaelib.ledger import hardware, record
-from vaelib.training import choose_device
+from vaelib.book.ledger import hardware, record
+from vaelib.distributed import choose_device
 
 HIDDEN, LATENT, BATCH = 400, 20, 128
 COUNT = {"mnist": 12800, "cifar": 2560}

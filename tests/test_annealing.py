@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import vaelib
+from vaelib.book.oracles import LinearGaussian
 from vaelib.evaluation import annealed_log_likelihood, log_likelihood
-from vaelib.oracles import LinearGaussian
 
 
 def oracle_and_vae(latent_dim, dims, scale, count, generator):

@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 import vaelib
 from vaelib import _validation, cli, likelihoods, priors, storage
+from vaelib.book.ledger import record
+from vaelib.book.plotting import latent_scatter, show_images, training_curves
 from vaelib.data import load_folder, read_image
 from vaelib.evaluation import active_units, annealed_log_likelihood
 from vaelib.generation import class_means
-from vaelib.ledger import record
-from vaelib.plotting import latent_scatter, show_images, training_curves
 from vaelib.retrieval import LatentIndex, average_precision, bootstrap_interval, is_index, score_retrieval
 
 SHAPE = (np.int64(1), np.int32(8), np.uint8(8))

@@ -71,7 +71,7 @@ def test_sample_writes_a_sheet_of_images(run_folder, vaelib_command, tmp_path):
 
 
 def test_sample_draws_a_grid_from_a_prior_fitted_to_the_training_images(run_folder, vaelib_command, tmp_path):
-    from vaelib.plotting import tile
+    from vaelib.book.plotting import tile
     from vaelib.priors import fit_mixture
 
     options = ("--grid", "2x5", "--prior", "mixture", "--temperature", 0.7, "--seed", 3, "--device", "cpu", "--json")
@@ -443,7 +443,7 @@ def test_a_row_whose_training_was_interrupted_is_not_entered(here, tmp_path, mon
         history.stopped = "interrupted"
         return history
 
-    monkeypatch.setattr("vaelib.reproduce.fit", interrupted)
+    monkeypatch.setattr("vaelib.book.reproduce.fit", interrupted)
     assert here("reproduce", "iwae", "--data", "digits", "--ledger", "rows.json")[::2] == (130, "vaelib: interrupted\n")
     assert not (tmp_path / "rows.json").exists()
     assert not list(tmp_path.rglob("run.json"))

@@ -14,10 +14,10 @@ from PIL import Image
 
 import vaelib
 from vaelib import TrainConfig, evaluate, fit, generate, heldout_elbo, image_set, log_likelihood, mlp_vae, train_valid_split
+from vaelib.book.plotting import tile
 from vaelib.checkpoints import read_checkpoint
 from vaelib.conditional import ConditionalVAE, WithLabels, conditional_vae
 from vaelib.distributed import leave
-from vaelib.plotting import tile
 
 QUIET = {"progress": False, "device": "cpu"}
 TRAIN = TrainConfig(epochs=20, batch_size=50, **QUIET)

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import vaelib
-from vaelib import cli, evaluation, generation, oracles, plotting, priors, quality, retrieval, widgets
-from vaelib.oracles import LinearGaussian, gaussian_pixels_log_prob
-from vaelib.reproduce import Budget, iwae_row
+from vaelib import cli, evaluation, generation, priors, quality, retrieval
+from vaelib.book import oracles, plotting, widgets
+from vaelib.book.oracles import LinearGaussian, gaussian_pixels_log_prob
+from vaelib.book.reproduce import Budget, iwae_row
 
 
 @pytest.fixture

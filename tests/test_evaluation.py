@@ -8,8 +8,8 @@ import torch
 import vaelib
 from vaelib import active_units, evaluate, heldout_elbo, importance_weighted_estimate, log_likelihood, mlp_vae, posterior_means
 from vaelib import noise as image_noise
+from vaelib.book.oracles import LinearGaussian
 from vaelib.evaluation import rate_decomposition, standard_error
-from vaelib.oracles import LinearGaussian
 
 
 @pytest.fixture(scope="module")

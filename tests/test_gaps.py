@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import vaelib
+from vaelib.book.oracles import LinearGaussian
 from vaelib.evaluation import inference_gaps, log_likelihood, refine_posterior
-from vaelib.oracles import LinearGaussian
 
 COUNT, DIMS, SCALE = 100, 6, 0.3
 

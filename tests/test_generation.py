@@ -6,8 +6,8 @@ import torch
 import vaelib
 import vaelib.conditional
 from vaelib import generate, interpolate, latent_grid, mlp_vae, noise, reconstruct
+from vaelib.book.plotting import latent_scatter, show_images, tile, training_curves
 from vaelib.generation import attribute_vector, class_means, most_used_units, shift, traverse
-from vaelib.plotting import latent_scatter, show_images, tile, training_curves
 
 
 @pytest.fixture(scope="module")

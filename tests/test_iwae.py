@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import vaelib
 from vaelib import TrainConfig, fit, importance_weighted_bound, mlp_vae, two_layer_vae
+from vaelib.book.reproduce import BUDGETS, PAPER, Budget, burda_vae, iwae_row, paper_schedule
 from vaelib.cli import app
 from vaelib.objectives import doubly_reparameterized_bound
-from vaelib.reproduce import BUDGETS, PAPER, Budget, burda_vae, iwae_row, paper_schedule
 
 QUIET = {"progress": False, "device": "cpu"}
 

@@ -610,7 +610,7 @@ def test_a_run_that_diverged_says_so_and_one_that_did_not_does_not(model, split,
 
 
 def test_training_curves_of_no_epoch_are_refused_in_words():
-    from vaelib.plotting import training_curves
+    from vaelib.book.plotting import training_curves
 
     with pytest.raises(ValueError, match="history: got one without a finished epoch, expected at least one"):
         training_curves(History())

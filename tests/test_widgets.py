@@ -14,7 +14,7 @@ from bs4 import BeautifulSoup
 from PIL import Image
 
 import vaelib
-from vaelib import widgets
+from vaelib.book import widgets
 from vaelib.generation import decode_pixels
 
 ALT = "A figure of the tests: what it shows is said here."

@@ -1,12 +1,13 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
 The modules follow the book: `data`, `likelihoods`, `objectives`, `densities`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
-`evaluation`, `reproduce`, `generation`, `priors`, `retrieval`, `quality`, `checks`, `plotting`, `widgets`, `cli`.
+`evaluation`, `generation`, `priors`, `retrieval`, `quality`. `book` serves its pages, `checks` its exercises, `cli` the command line.
 """
 
 import importlib
 from typing import Any
 
+from vaelib.book.two_layer import TwoLayerVAE, two_layer_vae
 from vaelib.conditional import ConditionalVAE, conditional_vae
 from vaelib.config import TrainConfig
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
@@ -23,7 +24,7 @@ from vaelib.evaluation import (
 )
 from vaelib.generation import generate, interpolate, latent_grid, reconstruct
 from vaelib.heldout import heldout_elbo
-from vaelib.hierarchical import HierarchicalVAE, TwoLayerVAE, hierarchical_vae, two_layer_vae
+from vaelib.hierarchical import HierarchicalVAE, hierarchical_vae
 from vaelib.likelihoods import (
     Bernoulli,
     DiscretizedLogistic,
@@ -70,6 +71,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Modules that are imported when they are first used: matplotlib costs half a second."""
-    if name in ("plotting", "widgets", "priors", "quality", "checks", "oracles", "ledger", "cli", "reproduce"):
+    if name in ("priors", "quality", "checks", "cli"):
         return importlib.import_module(f"vaelib.{name}")
+    if name in ("plotting", "widgets", "oracles", "ledger", "reproduce"):
+        return importlib.import_module(f"vaelib.book.{name}")
     raise AttributeError(f"module 'vaelib' has no attribute {name!r}")

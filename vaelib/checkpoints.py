@@ -5,19 +5,26 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import signal
+import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vaelib._validation import describe, plain
+from vaelib.config import TrainConfig
 from vaelib.data import ImageSet
-from vaelib.storage import BROKEN, CHECKPOINT, build, check_weights, writable_folder
+from vaelib.storage import BROKEN, CHECKPOINT, atomic, build, check_weights, writable_folder
 from vaelib.vae import VAE
 
 FILE = CHECKPOINT
 VERSION = 1
+# What may differ between a run and its continuation: where and how fast it runs, and what it shows, but not what it computes.
+FREE_ON_RESUME = ("device", "compile", "checkpoint_epochs", "checkpoint_minutes", "progress")
 KINDS: dict[str, Any] = {
     "optimizer": dict, "averages": (list, type(None)), "best_weights": (dict, type(None)), "history": list,
     "step": int, "images": str, "elapsed": float, "best_elbo": float, "best_epoch": (int, type(None)),
@@ -32,6 +39,16 @@ def fingerprint(images: ImageSet, model: VAE) -> str:
     return f"{images.name} {tuple(images.pixels.shape)} {digest.hexdigest()}"
 
 
+def identity_of(model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint must agree with to be continued: the model, the images, and what the configuration computes."""
+    return {
+        "model": model.config or repr(model),
+        "images": fingerprint(images, model),
+        "valid": None if valid is None else fingerprint(valid, model),
+        "config": {key: value for key, value in config.as_dict().items() if key not in FREE_ON_RESUME},
+    }
+
+
 def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     """Write `state` to ``checkpoint.pt`` in the folder: to a temporary file, onto the disk, then renamed over the old one.
 
@@ -39,18 +56,14 @@ def write_checkpoint(folder: Path, state: dict[str, Any]) -> None:
         ValueError: If it cannot be written (a full disk, say); the checkpoint before it is then still whole.
     """
     folder = writable_folder("folder", folder)
-    partial = folder / f".{FILE}.partial"
     try:
-        with partial.open("wb") as file:
+        with atomic(folder / FILE) as partial, partial.open("wb") as file:
             torch.save(plain({"version": VERSION, **state}), file)  # the reader accepts no numbers of NumPy
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, folder / FILE)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         reason = " ".join(str(error).split())
         raise ValueError(f"folder: could not write {folder / FILE} ({reason}); the checkpoint before it is kept") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_checkpoint(folder: Path, expected: dict[str, Any], argument: str = "resume") -> dict[str, Any]:
@@ -111,3 +124,37 @@ def difference(name: str, found: Any, expected: Any) -> str:
             if found.get(key) != expected.get(key):
                 return difference(f"{name}.{key}", found.get(key), expected.get(key))
     return f"its {name} is {found!r}, expected {expected!r}"
+
+
+def tensorboard_writer() -> Any:
+    """TensorBoard's SummaryWriter, or a ValueError that says how to get it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError("tensorboard: the package is not installed; pip install tensorboard") from error
+    return SummaryWriter
+
+
+@contextmanager
+def held_interrupts() -> Iterator[list[int]]:
+    """Let the first Ctrl-C wait until the step is done, so that a checkpoint can be written; the second one acts at once.
+
+    Yields:
+        A list that the first Ctrl-C fills.
+    """
+    pressed: list[int] = []
+    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # as in a job in the background
+    if ignored or threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield pressed
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)

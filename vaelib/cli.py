@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -23,20 +22,20 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed
+from vaelib.book.ledger import entry
+from vaelib.book.reproduce import BUDGETS, OBJECTIVES, iwae_row
 from vaelib.checkpoints import load_checkpoint, read_checkpoint
 from vaelib.conditional import ConditionalVAE
 from vaelib.config import TrainConfig
 from vaelib.data import NAMES, ImageSet, load_folder, load_images, read_image, train_valid_split
-from vaelib.distributed import join, leave
+from vaelib.distributed import choose_device, join, leave
 from vaelib.evaluation import evaluate as evaluate_model
 from vaelib.generation import generate, interpolate
-from vaelib.ledger import entry
 from vaelib.likelihoods import LIKELIHOODS
 from vaelib.priors import fit_mixture, fit_second_stage
-from vaelib.reproduce import BUDGETS, OBJECTIVES, iwae_row
 from vaelib.retrieval import DISTANCES, METHODS, LatentIndex, is_index
-from vaelib.storage import CHECKPOINT, CONFIG, WEIGHTS, load, only_writer, read_object, save, writable_folder, write_text
-from vaelib.training import HISTORY, choose_device, fit
+from vaelib.storage import CHECKPOINT, CONFIG, WEIGHTS, atomic, load, only_writer, read_object, save, writable_folder, write_text
+from vaelib.training import HISTORY, fit
 from vaelib.vae import MODELS, VAE
 
 app = typer.Typer(
@@ -636,15 +635,13 @@ def write_sheet(pixels: Any, columns: int, out: Path) -> None:
     """Write images (N, C, H, W) side by side to one picture, each side enlarged to 64 pixels or more, whole or not at all."""
     from PIL import Image
 
-    from vaelib.plotting import tile
+    from vaelib.book.plotting import tile
 
     zoom = math.ceil(64 / min(pixels.shape[2:]))  # whole, so that each pixel stays a square
     pixels = pixels.repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     writable_folder("out", out.parent)
-    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-        partial = Path(folder) / out.name
-        Image.fromarray(tile(pixels, columns)).save(partial)
-        os.replace(partial, out)
+    with atomic(out) as partial:
+        Image.fromarray(tile(pixels, columns)).save(partial, Image.registered_extensions()[out.suffix.lower()])
 
 
 def say_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -1,4 +1,4 @@
-"""Several processes, one training run: `torchrun --nproc-per-node N -m vaelib train ...`.
+"""Where a training runs: on which device, and in how many processes, `torchrun --nproc-per-node N -m vaelib train ...`.
 
 Each process holds all images and the whole model, and computes its share of every global batch. All draw the same noise for the
 global batch and keep their share of it, so that N processes follow the trajectory of one, up to the order of additions.
@@ -12,6 +12,41 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from vaelib.data import ImageSet
+from vaelib.objectives import ElboTerms
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """``"auto"`` -> CUDA, else MPS, else CPU; any other name is checked.
+
+    Raises:
+        ValueError: If the device is unknown or not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if str(device) == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'mps'") from error
+    count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}.get(chosen.type)
+    if count is None:
+        raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'mps'")
+    if (chosen.index or 0) >= count:
+        raise ValueError(f"device: got {device!r}, but torch finds no such device here; expected 'auto' or 'cpu'")
+    return chosen
+
+
+def fits(device: torch.device, images: ImageSet, valid: ImageSet | None) -> bool:
+    """Whether the sets may stay on the device: anywhere but on CUDA, and there if they take at most half of the memory that is free."""
+    if device.type != "cuda":
+        return True
+    taken = sum(part.nbytes for each in (images, valid) if each is not None for part in (each.pixels, each.labels))
+    try:
+        return 2 * taken <= torch.cuda.mem_get_info(device)[0]
+    except RuntimeError:  # a device that does not say
+        return True
 
 
 @dataclass(frozen=True)
@@ -65,3 +100,17 @@ def leave() -> None:
     """Take this process out of its group, if it is in one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def summed(trace: Tensor, group: Group) -> Tensor:
+    """The trace with sums and counts added up over the processes; norm and "skipped" are the same in all of them."""
+    shares = group.sum(trace[:, [0, 1, 4, 5, 6]])
+    return torch.cat([shares[:, :2], trace[:, 2:4], shares[:, 2:]], dim=1)
+
+
+def with_global_kl(terms: ElboTerms, weight: float, group: Group) -> ElboTerms:
+    """The share's terms with `kl_per_unit` shifted so that its mean is the global batch's: free bits then bite as in one process."""
+    assert terms.kl_per_unit is not None
+    local = terms.kl_per_unit.mean(0)
+    total = group.sum(local.detach() * weight) / group.size
+    return terms._replace(kl_per_unit=terms.kl_per_unit + (total - local.detach()))

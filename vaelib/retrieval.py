@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from vaelib.conditional import ConditionalVAE
 from vaelib.data import ImageSet
 from vaelib.densities import Posterior
 from vaelib.evaluation import posteriors
-from vaelib.storage import build, signature, writable_folder, write_tensors
+from vaelib.storage import atomic, build, signature, writable_folder, write_tensors
 from vaelib.vae import VAE
 
 DISTANCES = ("euclidean", "cosine", "symmetric_kl", "bhattacharyya")
@@ -496,14 +495,12 @@ class LatentIndex:
             tensors["structure"] = torch.from_numpy(faiss().serialize_index(self.structure))
             tensors["rows"], tensors["starts"] = self.rows
         path = as_path(path)
-        partial = writable_folder("path", path.parent) / f".{path.name}.partial"
+        writable_folder("path", path.parent)
         try:
-            write_tensors(partial, tensors, {"index": json.dumps(about)})
-            os.replace(partial, path)
+            with atomic(path) as partial:
+                write_tensors(partial, tensors, {"index": json.dumps(about)})
         except (OSError, SafetensorError) as error:
             raise ValueError(f"path: got {path}, expected a file that can be written ({error})") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, model: VAE | None = None) -> LatentIndex:

@@ -76,14 +76,21 @@ def check_weights(path: Path, weights: dict[str, Tensor]) -> None:
             raise ValueError(f"path: {path} holds weights that are not finite (NaN or infinity), {name} the first; train anew")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, then rename."""
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A file that is written whole or not at all: the block writes to the path that it is given, which then takes the place of `path`."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with atomic(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
@@ -134,18 +141,13 @@ def save(model: VAE, path: str | Path) -> None:
             "model: got a VAE that its config does not build again (other parts or dtype); save its state_dict() yourself"
         )
     path = writable_folder("path", path)
-    partial, partial_config = path / f".{WEIGHTS}.partial", path / f".{CONFIG}.partial"
     try:
-        # the weights carry the config too: `load` can tell when the two files are not of one model
-        write_tensors(partial, model.state_dict(), {"config": config})
-        partial_config.write_text(config + "\n", encoding="utf-8")
-        os.replace(partial, path / WEIGHTS)
-        os.replace(partial_config, path / CONFIG)
+        with atomic(path / CONFIG) as partial_config, atomic(path / WEIGHTS) as partial:  # the weights take their place first
+            # they carry the config too: `load` can tell when the two files are not of one model
+            write_tensors(partial, model.state_dict(), {"config": config})
+            partial_config.write_text(config + "\n", encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"path: got {path}, expected a folder that can be written ({error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_config.unlink(missing_ok=True)
 
 
 def load(path: str | Path, model: VAE | None = None) -> VAE:

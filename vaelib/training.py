@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,11 +19,11 @@ import torch
 from torch import Tensor
 
 from vaelib._validation import as_path, describe
-from vaelib.checkpoints import FILE, fingerprint, read_checkpoint, write_checkpoint
+from vaelib.checkpoints import FILE, held_interrupts, identity_of, read_checkpoint, tensorboard_writer, write_checkpoint
 from vaelib.config import OPTIMIZERS as OPTIMIZERS
 from vaelib.config import TrainConfig, kl_weight, learning_rate_factor, make_optimizer
 from vaelib.data import ImageSet, as_image_set, minibatches
-from vaelib.distributed import Group, join
+from vaelib.distributed import Group, choose_device, fits, join, summed, with_global_kl
 from vaelib.heldout import evaluating, heldout_elbo, labels_for
 from vaelib.objectives import ElboTerms, free_bits_kl, loss
 from vaelib.storage import BROKEN, only_writer, write_text
@@ -33,8 +31,6 @@ from vaelib.vae import VAE
 
 HISTORY = "history.jsonl"
 TRACE = ("log_likelihood", "kl", "norm", "skipped", "count", "loss", "penalty")  # of a step; see `Run.loss_and_sums`
-# What may differ between a run and its continuation: where and how fast it runs, and what it shows, but not what it computes.
-FREE_ON_RESUME = ("device", "compile", "checkpoint_epochs", "checkpoint_minutes", "progress")
 
 
 class History(list[dict[str, float]]):
@@ -65,27 +61,6 @@ class History(list[dict[str, float]]):
 
     def __getitem__(self, key: Any) -> Any:
         return [epoch[key] for epoch in self] if isinstance(key, str) else super().__getitem__(key)
-
-
-def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """``"auto"`` -> CUDA, else MPS, else CPU; any other name is checked.
-
-    Raises:
-        ValueError: If the device is unknown or not there.
-    """
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if str(device) == "auto":
-        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
-    try:
-        chosen = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'mps'") from error
-    count = {"cpu": 1, "cuda": torch.cuda.device_count() if cuda else 0, "mps": int(mps)}.get(chosen.type)
-    if count is None:
-        raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'mps'")
-    if (chosen.index or 0) >= count:
-        raise ValueError(f"device: got {device!r}, but torch finds no such device here; expected 'auto' or 'cpu'")
-    return chosen
 
 
 def epoch_order(seed: int, epoch: int) -> torch.Generator:
@@ -181,27 +156,24 @@ class Run:
         if lacking := self.state().keys() - state.keys():
             raise ValueError(f"resume: got a checkpoint without {', '.join(sorted(lacking))}, expected a whole one")
         try:
-            self._restore(state)
+            self.model.load_state_dict(state["weights"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.averages is not None:
+                self.averages = [value.to(self.device) for value in state["averages"]]
+            if state["device"] == self.device.type:  # another kind of device has another kind of generator
+                self.noise.set_state(state["noise"])
+            self.history.extend(state["history"])
+            self.history.best_epoch = state["best_epoch"]
+            for name in ("step", "elapsed", "best_elbo", "best_weights", "first_elbo"):
+                setattr(self, name, state[name])
+            if self.group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
+                trace = state["trace"].to(self.device)
+                if trace.shape[1] == 5:  # from before the loss and its penalty were kept: there it was minus the ELBO
+                    trace = torch.cat([trace, trace[:, 1:2] - trace[:, :1], torch.zeros_like(trace[:, :1])], dim=1)
+                self.trace = trace
         except BROKEN as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"resume: got a checkpoint whose parts do not fit this run ({reason}), expected a whole one") from error
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["weights"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.averages is not None:
-            self.averages = [value.to(self.device) for value in state["averages"]]
-        if state["device"] == self.device.type:  # another kind of device has another kind of generator
-            self.noise.set_state(state["noise"])
-        self.history.extend(state["history"])
-        self.history.best_epoch = state["best_epoch"]
-        for name in ("step", "elapsed", "best_elbo", "best_weights", "first_elbo"):
-            setattr(self, name, state[name])
-        if self.group.leads:  # the others' part of an epoch that was cut off is not known, and not counted
-            trace = state["trace"].to(self.device)
-            if trace.shape[1] == 5:  # from before the loss and its penalty were kept: there it was minus the ELBO
-                trace = torch.cat([trace, trace[:, 1:2] - trace[:, :1], torch.zeros_like(trace[:, :1])], dim=1)
-            self.trace = trace
 
     @contextmanager
     def kept_whole(self) -> Iterator[None]:
@@ -417,17 +389,6 @@ class Store:
                     self.writer.add_scalar(key, value, len(run.history))
 
 
-def fits(device: torch.device, images: ImageSet, valid: ImageSet | None) -> bool:
-    """Whether the sets may stay on the device: anywhere but on CUDA, and there if they take at most half of the memory that is free."""
-    if device.type != "cuda":
-        return True
-    taken = sum(part.nbytes for each in (images, valid) if each is not None for part in (each.pixels, each.labels))
-    try:
-        return 2 * taken <= torch.cuda.mem_get_info(device)[0]
-    except RuntimeError:  # a device that does not say
-        return True
-
-
 def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> None:
     """FloatingPointError that names epoch, step and what is no longer finite: a term of the loss, every gradient, or a weight.
 
@@ -598,61 +559,3 @@ def check_folder(folder: str | Path | None, resume: bool, tensorboard: bool) -> 
     if (folder / FILE).exists() and not resume:
         raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
     return folder
-
-
-def identity_of(model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint must agree with to be continued: the model, the images, and what the configuration computes."""
-    return {
-        "model": model.config or repr(model),
-        "images": fingerprint(images, model),
-        "valid": None if valid is None else fingerprint(valid, model),
-        "config": {key: value for key, value in config.as_dict().items() if key not in FREE_ON_RESUME},
-    }
-
-
-def summed(trace: Tensor, group: Group) -> Tensor:
-    """The trace with sums and counts added up over the processes; norm and "skipped" are the same in all of them."""
-    shares = group.sum(trace[:, [0, 1, 4, 5, 6]])
-    return torch.cat([shares[:, :2], trace[:, 2:4], shares[:, 2:]], dim=1)
-
-
-def with_global_kl(terms: ElboTerms, weight: float, group: Group) -> ElboTerms:
-    """The share's terms with `kl_per_unit` shifted so that its mean is the global batch's: free bits then bite as in one process."""
-    assert terms.kl_per_unit is not None
-    local = terms.kl_per_unit.mean(0)
-    total = group.sum(local.detach() * weight) / group.size
-    return terms._replace(kl_per_unit=terms.kl_per_unit + (total - local.detach()))
-
-
-def tensorboard_writer() -> Any:
-    """TensorBoard's SummaryWriter, or a ValueError that says how to get it."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("tensorboard: the package is not installed; pip install tensorboard") from error
-    return SummaryWriter
-
-
-@contextmanager
-def held_interrupts() -> Iterator[list[int]]:
-    """Let the first Ctrl-C wait until the step is done, so that a checkpoint can be written; the second one acts at once.
-
-    Yields:
-        A list that the first Ctrl-C fills.
-    """
-    pressed: list[int] = []
-    ignored = signal.getsignal(signal.SIGINT) in (signal.SIG_IGN, None)  # as in a job in the background
-    if ignored or threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield pressed
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if pressed:
-            raise KeyboardInterrupt
-        pressed.append(number)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)

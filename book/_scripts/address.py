@@ -4,12 +4,13 @@ The address is set in _config.yml. This changes it there and wherever else it is
 CITATION.cff, pyproject.toml, the pages, the figures to touch, and the address of the published book on GitHub's pages.
 """
 
-import os
 import re
 import sys
 from pathlib import Path
 
 import yaml
+
+from vaelib.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = re.compile(r"https://github\.com/([\w-]+)/([\w-]+)")
@@ -35,9 +36,7 @@ def main(new):
         if (after := moved(text, old, new)) != text:
             changed[path] = after
     for path, text in changed.items():
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, text)
         print(path.relative_to(ROOT))
 
 

@@ -9,7 +9,6 @@ The source is book/assignments/vae.py; its first cell says what the cells are. A
 
 import argparse
 import json
-import os
 import re
 import sys
 import textwrap
@@ -20,6 +19,8 @@ import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellControlSignal, DeadKernelError
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from vaelib.storage import atomic
 
 BOOK = Path(__file__).resolve().parents[1]
 SOURCE = BOOK / "assignments" / "vae.py"
@@ -218,9 +219,8 @@ def told(report):
 
 def write(notebook, path):
     """Writes the notebook whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    nbformat.write(notebook, partial)
-    os.replace(partial, path)
+    with atomic(path) as partial:
+        nbformat.write(notebook, partial)
     print(path)
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 import vaelib
+from vaelib.book.ledger import entry
 from vaelib.evaluation import inference_gaps, standard_error
 from vaelib.heldout import observations
-from vaelib.ledger import entry
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "evaluation-rows.json"

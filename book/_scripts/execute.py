@@ -13,7 +13,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-from vaelib.ledger import entry
+from vaelib.book.ledger import entry
+from vaelib.storage import atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,9 +54,8 @@ def run(path):
     NotebookClient(notebook, timeout=3600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
     seconds = time.perf_counter() - start
     tidy(notebook)
-    partial = path.with_suffix(".partial")
-    nbformat.write(notebook, partial)
-    os.replace(partial, path)
+    with atomic(path) as partial:
+        nbformat.write(notebook, partial)
     print(f"{path.name}: {seconds:.0f} s", flush=True)
     return seconds
 

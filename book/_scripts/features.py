@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import vaelib
+from vaelib.book.ledger import entry
 from vaelib.heldout import evaluating
 from vaelib.quality import FEATURES_FILE, FeatureNet
-from vaelib.storage import write_text
+from vaelib.storage import atomic, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = "python book/_scripts/features.py"
@@ -62,12 +63,12 @@ def main():
     net.load_state_dict({name: weight.float() for name, weight in weights.items()})
     metrics = {"test": {"accuracy": accuracy(net, test), "num_images": len(test)}, "epochs": arguments.epochs}
     command = f"{COMMAND} --epochs {arguments.epochs} --seed {arguments.seed}"
-    record = vaelib.ledger.entry(command, arguments.seed, seconds, metrics)
+    record = entry(command, arguments.seed, seconds, metrics)
     folder = ROOT / "vaelib" / "assets"
     folder.mkdir(exist_ok=True)
     about = {"seed": str(arguments.seed), "test_accuracy": str(metrics["test"]["accuracy"]), "command": command}
-    save_file(weights, folder / f".{FEATURES_FILE}.partial", about)
-    (folder / f".{FEATURES_FILE}.partial").replace(folder / FEATURES_FILE)
+    with atomic(folder / FEATURES_FILE) as partial:
+        save_file(weights, partial, about)
     write_text(ROOT / "results" / "mnist-features.json", json.dumps(record, indent=2) + "\n")
     print(json.dumps(metrics))
 

@@ -19,8 +19,8 @@ import torch
 import yaml
 
 import vaelib
+from vaelib.book.widgets import latent_explorer
 from vaelib.storage import write_text
-from vaelib.widgets import latent_explorer
 
 ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "book" / "_static"

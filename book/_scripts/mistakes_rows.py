@@ -13,7 +13,7 @@ from pathlib import Path
 
 import nbformat
 
-from vaelib.ledger import entry
+from vaelib.book.ledger import entry
 from vaelib.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[2]

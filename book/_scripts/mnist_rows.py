@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import vaelib
-from vaelib.ledger import entry
+from vaelib.book.ledger import entry
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "mnist-rows.json"

@@ -10,7 +10,6 @@ import argparse
 import io
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -21,11 +20,11 @@ from PIL import Image
 from retrieval_rows import codes, learned
 
 import vaelib
-from vaelib.ledger import entry
-from vaelib.oracles import LinearGaussian
-from vaelib.plotting import PALETTE, STYLE, tile
+from vaelib.book.ledger import entry
+from vaelib.book.oracles import LinearGaussian
+from vaelib.book.plotting import PALETTE, STYLE, tile
 from vaelib.retrieval import nearest_neighbours
-from vaelib.storage import write_text
+from vaelib.storage import atomic, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "openings.json"
@@ -246,9 +245,8 @@ def write_picture(figure, path):
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=200)
     image = Image.open(drawn).convert("RGB").quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    partial = path.with_name(f".{path.name}.partial")
-    image.save(partial, "png", optimize=True)
-    os.replace(partial, path)
+    with atomic(path) as partial:
+        image.save(partial, "png", optimize=True)
 
 
 def main():

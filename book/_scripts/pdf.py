@@ -11,7 +11,6 @@ How things look on paper is said in `book/_static/custom.css`, under `@media pri
 import argparse
 import io
 import logging
-import os
 import posixpath
 import re
 import shutil
@@ -23,6 +22,8 @@ from urllib.parse import quote, unquote, urlparse
 
 import yaml
 from bs4 import BeautifulSoup
+
+from vaelib.storage import atomic
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
@@ -245,9 +246,8 @@ def make(browser, html, out):
     if starts(pdf, pages) != numbers:
         raise RuntimeError("the contents moved the pages that they name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f"{out.name}.partial")
-    partial.write_bytes(finished(pdf, titles))
-    os.replace(partial, out)
+    with atomic(out) as partial:
+        partial.write_bytes(finished(pdf, titles))
 
 
 def main(html, out):

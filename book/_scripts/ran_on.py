@@ -4,9 +4,10 @@ python book/_scripts/ran_on.py    writes the page; a test holds it to the file.
 """
 
 import json
-import os
 import re
 from pathlib import Path
+
+from vaelib.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "book" / "ran-on.md"
@@ -48,7 +49,5 @@ def page(runs):
 
 
 if __name__ == "__main__":
-    partial = PAGE.with_name(f"{PAGE.name}.partial")
-    partial.write_text(page(json.loads((ROOT / "results" / "ran-on.json").read_text(encoding="utf-8"))), encoding="utf-8")
-    os.replace(partial, PAGE)
+    write_text(PAGE, page(json.loads((ROOT / "results" / "ran-on.json").read_text(encoding="utf-8"))))
     print(PAGE)

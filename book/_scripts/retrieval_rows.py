@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from scipy.stats import skew, spearmanr
 
 import vaelib
-from vaelib.ledger import entry
+from vaelib.book.ledger import entry
 from vaelib.retrieval import average_precision, nearest_neighbours, posteriors, score_retrieval
 from vaelib.storage import write_text
 

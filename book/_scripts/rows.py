@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 import vaelib as library
-from vaelib import oracles
+from vaelib.book import oracles
+from vaelib.book.ledger import entry
 from vaelib.evaluation import standard_error
-from vaelib.ledger import entry
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "cifar-rows.json"

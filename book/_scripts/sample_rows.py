@@ -15,7 +15,7 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import vaelib
-from vaelib.ledger import commit, entry
+from vaelib.book.ledger import commit, entry
 from vaelib.priors import fit_mixture, posterior_samples
 from vaelib.quality import features_of, frechet_distance, manifold_scores, mnist_features
 from vaelib.storage import write_text

@@ -10,7 +10,6 @@ The decks need no network: reveal.js and MathJax are copied beside them.
 
 import argparse
 import base64
-import os
 import re
 import shutil
 import struct
@@ -29,6 +28,8 @@ from pybtex.database import parse_file
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import get_lexer_by_name
+
+from vaelib.storage import atomic, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
@@ -524,12 +525,6 @@ def deck(name, notebook, names, title, site):
     return PAGE.format(title=plain(slides[0].title), style=STYLE, script=SCRIPT, slides=html), slides
 
 
-def write(path, text):
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
 def make(out, only=()):
     """Writes the decks, their index and what they load; returns the number of slides of each."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
@@ -548,12 +543,12 @@ def make(out, only=()):
         rows.append(f'<li><a href="{name}.html">{escape(words)}</a></li>')
         if not only or name in only:
             page, slides = deck(name, notebook, names, title, site)
-            write(out / f"{name}.html", page)
+            write_text(out / f"{name}.html", page)
             counts[name] = len(slides)
     for file in VENDOR:
-        shutil.copyfile(BOOK / "_vendor" / file, out / f"{file}.partial")
-        os.replace(out / f"{file}.partial", out / file)
-    write(out / "index.html", INDEX.format(title=escape(title), decks="\n".join(rows), address=site))
+        with atomic(out / file) as partial:
+            shutil.copyfile(BOOK / "_vendor" / file, partial)
+    write_text(out / "index.html", INDEX.format(title=escape(title), decks="\n".join(rows), address=site))
     return counts
 
 

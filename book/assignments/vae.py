@@ -56,7 +56,7 @@ from torch import nn
 
 import vaelib
 from vaelib import checks
-from vaelib.plotting import show_images, use_style
+from vaelib.book.plotting import show_images, use_style
 
 use_style()
 verdicts = {}  # task -> what its checker found

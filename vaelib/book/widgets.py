@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vaelib._validation import check_int, check_number, check_pixels, describe
+from vaelib.book.plotting import show_images, tile
 from vaelib.data import ImageSet
 from vaelib.evaluation import posterior_means
 from vaelib.generation import decode_pixels, interpolate, latent_grid
 from vaelib.likelihoods import Bernoulli
 from vaelib.networks import ACTIVATIONS, MLPDecoder
-from vaelib.plotting import show_images, tile
 from vaelib.retrieval import Neighbours
 from vaelib.vae import VAE
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from vaelib._validation import check_choice, check_int
+from vaelib.book.two_layer import two_layer_vae
 from vaelib.config import TrainConfig
 from vaelib.data import ImageSet
 from vaelib.evaluation import active_units, log_likelihood, standard_error
-from vaelib.hierarchical import two_layer_vae
 from vaelib.training import fit
 from vaelib.vae import VAE, mlp_vae
 
