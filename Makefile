@@ -16,115 +16,95 @@ CONSTRAINTS = --constraint constraints.txt
 
 .PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix assignment rows mnist-rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
-help:
-	@echo "make book       render the book to _build/html/index.html"
-	@echo "make pdf        the book as one PDF, _build/vae-book.pdf (needs Chromium)"
-	@echo "make slides     slides for teaching, a deck for each chapter, in _build/slides"
-	@echo "make test       unit tests and every notebook, fast tier, no network"
-	@echo "make test-real  tests on the real data sets in \$$VAELIB_DATA"
-	@echo "make test-book  tests on the rendered pages"
-	@echo "make test-devices  run each chapter on an emulated GPU (no CUDA; some minutes)"
-	@echo "make lighthouse  score the built pages, desktop and phone (needs npx; 20 minutes)"
-	@echo "make execute    re-run the notebooks on real data and store their outputs and results"
-	@echo "make rows       train and score the rows of the CIFAR tables that are missing"
-	@echo "make mnist-rows  the same for the MNIST tables, three trainings each"
-	@echo "make retrieval-rows  the same for the retrieval tables"
-	@echo "make assignment  write the students' notebook from its source"
-	@echo "make features   train the small classifier whose features score samples"
-	@echo "make equations  table: labelled equation -> function -> test"
-	@echo "make mutants    break the loss in every way; list what no test notices"
-	@echo "make benchmark  images per second of the trainer, beside the usual ways"
-	@echo "make lint       ruff and mypy"
-	@echo "make matrix     unit tests on each Python that is here, with the oldest and the newest dependencies (hours; GBs in a temporary folder)"
-	@echo "make colab-check  each chapter installs vaelib and runs as on Colab"
-	@echo "make links      check the book's links (needs the network)"
-	@echo "make dist       build and check the wheel and the source archive"
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
-setup: $(READY)
+setup: $(READY) ## what all the others need, in .venv
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[book,test]" $(CONSTRAINTS)
 	touch $(READY)
 
-test: test-unit test-notebooks
+test: test-unit test-notebooks ## unit tests and every notebook, fast tier, no network
 
-test-unit: $(READY)
+test-unit: $(READY) ## the first half of it
 	$(ONE_THREAD) $(BIN)/python -m pytest tests -m "not real_data" $(EVERY_CORE)
 
-test-notebooks: $(READY)
+test-notebooks: $(READY) ## the second half
 	$(if $(CHAPTERS_STRICT),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
 	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX))
 
-test-real: $(READY)
+test-real: $(READY) ## tests on the real data sets in $VAELIB_DATA
 	$(BIN)/python -m pytest tests -m real_data
 
-book: $(READY)
+book: $(READY) ## render the book to _build/html/index.html
 	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going --quiet
 	@echo "The book: _build/html/index.html"
 
-pdf: book
+pdf: book ## the book as one PDF, _build/vae-book.pdf (needs Chromium)
 	$(BIN)/python book/_scripts/pdf.py
 
-slides: $(READY)
+slides: $(READY) ## slides for teaching, a deck for each chapter, in _build/slides
 	$(BIN)/python book/_scripts/slides.py
 
-test-book: $(READY)
+test-book: $(READY) ## tests on the rendered pages
 	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py --numprocesses auto --dist worksteal
 
-test-devices: $(READY)
+test-devices: $(READY) ## run each chapter on an emulated GPU (no CUDA; some minutes)
 	VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python tests/emulated_device.py $(CHAPTERS)
 
-lighthouse: $(READY)
+lighthouse: $(READY) ## score the built pages, desktop and phone (needs npx; 20 minutes)
 	VAELIB_RESULTS=results $(BIN)/python benchmarks/lighthouse.py
 
-execute: $(READY)
+execute: $(READY) ## re-run the notebooks on real data and store their outputs and results
 	$(BIN)/python book/_scripts/execute.py $(CHAPTERS)
 	$(BIN)/python book/_scripts/ran_on.py
 
-rows: $(READY)
+rows: $(READY) ## train and score the rows of the CIFAR tables that are missing
 	$(BIN)/python book/_scripts/rows.py
 
-mnist-rows: $(READY)
+mnist-rows: $(READY) ## the same for the MNIST tables, three trainings each
 	$(BIN)/python book/_scripts/mnist_rows.py
 
-retrieval-rows: $(READY)
+retrieval-rows: $(READY) ## the same for the retrieval tables
 	$(BIN)/python book/_scripts/retrieval_rows.py
 
-assignment: $(READY)
+assignment: $(READY) ## write the students' notebook from its source
 	$(BIN)/python book/_scripts/assignment.py
 
-features: $(READY)
+features: $(READY) ## train the small classifier whose features score samples
 	$(BIN)/python book/_scripts/features.py
 
-equations: $(READY)
+equations: $(READY) ## table: labelled equation -> function -> test
 	$(BIN)/python book/_scripts/equations.py
 
-mutants: $(READY)
+mutants: $(READY) ## break the loss in every way; list what no test notices
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[mutants]" --constraint constraints.txt
 	$(BIN)/python tests/mutants.py
 
-benchmark: $(READY)
+benchmark: $(READY) ## images per second of the trainer, beside the usual ways
 	$(BIN)/python benchmarks/train_throughput.py
 
-lint: $(READY)
+lint: $(READY) ## ruff, its formatter and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-matrix:
+matrix: ## unit tests on each Python that is here, with the oldest and the newest dependencies (hours; GBs in a temporary folder)
 	$(PYTHON) tests/matrix.py
 
-colab-check: $(READY)
+colab-check: $(READY) ## each chapter installs vaelib and runs as on Colab
 	$(BIN)/python book/_scripts/colab_check.py
 
-links: $(READY)
+links: $(READY) ## check the book's links (needs the network)
 	$(BIN)/jupyter-book build book --config _config.yml --path-output _build/links --builder linkcheck
 
-dist: $(READY)
+dist: $(READY) ## build and check the wheel and the source archive
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check twine
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python -m twine check --strict dist/*
 
-clean:
+clean: ## remove what was built
 	rm -rf _build build dist mutants .pytest_cache .mypy_cache

@@ -65,7 +65,9 @@ class Compressed(http.server.SimpleHTTPRequestHandler):
 
 def contents():
     """The pages of the table of contents, in its order."""
-    return [re.sub(r"\.\w+$", "", name) for name in re.findall(r"(?:file|root): (\S+)", (BOOK / "_toc.yml").read_text(encoding="utf-8"))]
+    return [
+        re.sub(r"\.\w+$", "", name) for name in re.findall(r"(?:file|root): (\S+)", (BOOK / "_toc.yml").read_text(encoding="utf-8"))
+    ]
 
 
 def scores(address, chrome, form):

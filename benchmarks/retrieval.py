@@ -100,7 +100,11 @@ def methods(size, rounds):
         for effort in efforts:
             found, rate = measured(index, effort)
             recall = (found[:, :, None] == truth[:, None]).any(2).double().mean().item()
-            numbers = {"recall_at_10": round(recall, 4), "queries_per_second": round(rate), "over_exact": round(rate / exact_rate, 2)}
+            numbers = {
+                "recall_at_10": round(recall, 4),
+                "queries_per_second": round(rate),
+                "over_exact": round(rate / exact_rate, 2),
+            }
             rows["efforts"][str(effort)] = numbers
         result[method] = rows
         print(f"{method}: built in {rows['build_seconds']} s", file=sys.stderr)
@@ -131,7 +135,9 @@ def main():
         efforts = rows.get("efforts", {"-": {"recall_at_10": 1.0, "over_exact": 1.0, **rows}})
         for effort, row in efforts.items():
             rate, recall, over = row["queries_per_second"], row["recall_at_10"], row["over_exact"]
-            print(f"  {arguments.size} codes  {method:7} effort {effort:>3} {rate:7} queries/s  recall {recall:.3f} {over:.2f} times exact")
+            print(
+                f"  {arguments.size} codes  {method:7} effort {effort:>3} {rate:7} queries/s  recall {recall:.3f} {over:.2f} times exact"
+            )
 
 
 if __name__ == "__main__":

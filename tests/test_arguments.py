@@ -25,7 +25,9 @@ MODELS = {
     "spatial": lambda: vaelib.conv_vae(SHAPE, (np.int64(2), np.int64(4), 4), "discretized_logistic", [np.int64(4)]),
     "mixture": lambda: vaelib.mlp_vae(SHAPE, (4,), 2, likelihoods.DiscretizedLogisticMixture(np.int64(3))),
     "gaussian": lambda: vaelib.mlp_vae(SHAPE, (4,), 2, likelihoods.Gaussian(np.float32(0.5), np.bool_(True), np.True_)),
-    "hierarchical": lambda: vaelib.hierarchical_vae(SHAPE, [(np.int64(2), 1), (1, np.int64(1))], np.int64(8), np.int64(4), np.int64(1)),
+    "hierarchical": lambda: vaelib.hierarchical_vae(
+        SHAPE, [(np.int64(2), 1), (1, np.int64(1))], np.int64(8), np.int64(4), np.int64(1)
+    ),
     "two layers": lambda: vaelib.two_layer_vae(SHAPE, ((np.int64(8),), (8,)), (np.int64(3), 2)),
     "conditional": lambda: vaelib.conditional_vae(SHAPE, np.int64(3), (4,), np.int64(2)),
 }
@@ -217,7 +219,8 @@ def test_a_conditional_model_refuses_images_that_nobody_labelled(argument, call,
     with pytest.raises(ValueError, match=f"{argument}: got 'mine' without labels, expected labels, or model.given"):
         call(model, unlabelled, digits[:40])
     vaelib.heldout_elbo(model.given(3), unlabelled)
-    vaelib.heldout_elbo(model, vaelib.image_set(unlabelled.pixels, torch.zeros(40, dtype=torch.int64)))  # all 0 by their owner's word
+    zeros = torch.zeros(40, dtype=torch.int64)  # by their owner's word
+    vaelib.heldout_elbo(model, vaelib.image_set(unlabelled.pixels, zeros))
 
 
 def test_evaluate_on_the_command_line_refuses_a_set_without_labels(unlabelled, tmp_path, monkeypatch):

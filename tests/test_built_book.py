@@ -99,7 +99,9 @@ def test_a_figure_to_touch_answers_pointer_and_key_with_the_network_cut(name, nu
         inside.locator("canvas").first.wait_for()
         drawn = lambda: inside.locator("canvas").evaluate_all("all => all.map(canvas => canvas.toDataURL()).join()")  # noqa: E731
         seen = [drawn()]
-        choices = inside.locator("input[type=radio]") if name == "retrieval" else inside.locator("[tabindex='0'], input[type=range]")
+        choices = (
+            inside.locator("input[type=radio]") if name == "retrieval" else inside.locator("[tabindex='0'], input[type=range]")
+        )
         control = choices.first if name == "retrieval" else choices.last
         control.focus()
         for key in ("ArrowRight", "ArrowUp", "ArrowLeft"):

@@ -425,7 +425,13 @@ def test_the_model_of_a_checkpoint_is_the_one_that_the_run_would_have_ended_on(t
     assert not torch.equal(weights(model), torch.cat([value.flatten() for value in state["weights"].values()]))
     assert not model.training
     images, valid = new_sets()
-    fit(trained := new_model(), images, valid, TrainConfig(**CONFIG | {"patience": 1, "learning_rate": 0.05}), folder=tmp_path / "best")
+    fit(
+        trained := new_model(),
+        images,
+        valid,
+        TrainConfig(**CONFIG | {"patience": 1, "learning_rate": 0.05}),
+        folder=tmp_path / "best",
+    )
     assert torch.equal(weights(load_checkpoint(tmp_path / "best")[0]), weights(trained))
     fit(plain := new_model(), images, None, TrainConfig(**CONFIG | {"ema_decay": None}), folder=tmp_path / "plain")
     assert torch.equal(weights(load_checkpoint(tmp_path / "plain")[0]), weights(plain))

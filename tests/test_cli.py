@@ -215,7 +215,16 @@ def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_command, 
 
 def test_a_hierarchical_model_is_trained_with_the_arguments_of_its_function(vaelib_command, tmp_path):
     options = {"levels": [[2, 1], [1, 1]], "width": 8, "bottleneck": 4, "blocks": 1}
-    small = ("--data", "shapes", "--model", "hierarchical", "--model-options", json.dumps(options), "--likelihood", "discretized_logistic")
+    small = (
+        "--data",
+        "shapes",
+        "--model",
+        "hierarchical",
+        "--model-options",
+        json.dumps(options),
+        "--likelihood",
+        "discretized_logistic",
+    )
     done = vaelib_command("train", *small, "--epochs", "1", "--batch-size", "512", "--device", "cpu", "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     model = vaelib.load(tmp_path)
@@ -282,7 +291,9 @@ def test_a_run_that_was_cut_off_is_evaluated_sampled_and_indexed_by_its_checkpoi
     averaged = cut_off(tmp_path / "averaged", run_folder, averages=averages)
     code, out, _ = here("evaluate", averaged, "--json", "--device", "cpu")
     assert json.loads(out)["elbo"] == pytest.approx(-784 * np.log(2))  # weights of 0: each pixel a fair coin, no KL
-    assert refused(here("evaluate", cut_off(tmp_path / "own", run_folder, model="VAE(...)")), "does not hold the weights of a model")
+    assert refused(
+        here("evaluate", cut_off(tmp_path / "own", run_folder, model="VAE(...)")), "does not hold the weights of a model"
+    )
 
 
 def test_weights_of_nan_are_an_error_of_every_command(run_folder, here, tmp_path):

@@ -330,7 +330,9 @@ def test_images_with_labels_that_the_model_does_not_know_are_not_trained_on(digi
 def test_a_model_bound_to_labels_is_not_trained(model, digits):
     before = weights(model)
     for labels in (3, digits.labels[:100]):
-        with pytest.raises(ValueError, match="^model: got a conditional VAE bound to labels, expected the model itself; fit hands it"):
+        with pytest.raises(
+            ValueError, match="^model: got a conditional VAE bound to labels, expected the model itself; fit hands it"
+        ):
             fit(model.given(labels), digits[:100], config=TrainConfig(epochs=1, batch_size=100, **QUIET))
     assert torch.equal(weights(model), before)
 

@@ -165,7 +165,11 @@ def test_a_prior_and_a_posterior_of_one_s_own_are_trained(objective, digits):
     model = mlp_vae((1, 28, 28), (32,), 4)
     model.prior = example("vamp_prior").VampPrior(model, 10)
     model.encoder = example("flow_posterior").FlowEncoder(model.encoder, 4)
-    before, inputs, shift = heldout_elbo(model, digits[1200:]).elbo.mean(), model.prior.inputs.clone(), model.encoder.t[0].weight.clone()
+    before, inputs, shift = (
+        heldout_elbo(model, digits[1200:]).elbo.mean(),
+        model.prior.inputs.clone(),
+        model.encoder.t[0].weight.clone(),
+    )
     config = TrainConfig(epochs=3, batch_size=50, objective=objective, num_samples=2, **QUIET)
     fit(model, digits[:1000], config=config)
     assert heldout_elbo(model, digits[1200:]).elbo.mean() > before + 150

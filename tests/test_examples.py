@@ -265,7 +265,10 @@ def test_a_vq_vae_is_trained_saved_and_names_what_it_cannot(tmp_path):
     assert vaelib.generate(again, 3, seed=0).shape == (3, 3, 32, 32)
     for call, message in [
         (lambda: inference_gaps(model, images[:2], 5), "model: got a model with the posterior OneHot"),
-        (lambda: annealed_log_likelihood(model, images[:2], 5, 2), "model: got one with the prior Uniform, whose log_prob has no gradient"),
+        (
+            lambda: annealed_log_likelihood(model, images[:2], 5, 2),
+            "model: got one with the prior Uniform, whose log_prob has no gradient",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

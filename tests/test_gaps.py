@@ -159,7 +159,10 @@ def test_models_without_such_gaps_and_bad_arguments_are_refused(generator):
     score = vaelib.mlp_vae((1, 8, 8), (8,), 2, "grey_bce_not_a_likelihood")
     eight = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
     for call, message in [
-        (lambda: inference_gaps(layered, eight), "model: got a model with several layers of latents, expected one diagonal Gaussian q"),
+        (
+            lambda: inference_gaps(layered, eight),
+            "model: got a model with several layers of latents, expected one diagonal Gaussian q",
+        ),
         (lambda: inference_gaps(score, eight), "model: got the score 'grey_bce_not_a_likelihood', expected a likelihood"),
         (lambda: inference_gaps(model, pixels, 0), "num_samples: got int 0"),
         (lambda: inference_gaps(model, pixels, 5, sample_batch=0), "sample_batch: got int 0"),

@@ -45,7 +45,9 @@ SAMPLERS = {
     "two latents": lambda: mlp_vae((1, 8, 8), (16,), 2),
     "twenty latents": lambda: mlp_vae((1, 8, 8), (16,), 20),
     "two layers": lambda: vaelib.two_layer_vae((1, 8, 8), ((16, 16), (8, 8)), (3, 2)),
-    "hierarchical": lambda: vaelib.hierarchical_vae((1, 8, 8), ((2, 1), (1, 1)), width=8, bottleneck=4, blocks=1, likelihood="bernoulli"),
+    "hierarchical": lambda: vaelib.hierarchical_vae(
+        (1, 8, 8), ((2, 1), (1, 1)), width=8, bottleneck=4, blocks=1, likelihood="bernoulli"
+    ),
     "conditional": lambda: vaelib.conditional.conditional_vae((1, 8, 8), 3, (16,), 2).given(1),
 }
 

@@ -127,7 +127,9 @@ def test_the_command_line_trains_on_a_folder_and_scores_another(vaelib_command, 
 
 def test_grey_and_oblong_folders_train_too(vaelib_command, photographs, tmp_path):
     small = ("--hidden", "8", "--latent-dim", "2", "--epochs", "1", "--batch-size", "20", "--device", "cpu")
-    done = vaelib_command("train", "--folder", photographs, "--size", "12x16", "--grey", *small, "--out", tmp_path / "run", "--json")
+    done = vaelib_command(
+        "train", "--folder", photographs, "--size", "12x16", "--grey", *small, "--out", tmp_path / "run", "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert vaelib.load(tmp_path / "run").image_shape == (1, 12, 16)
 

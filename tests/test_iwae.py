@@ -313,7 +313,8 @@ def test_the_command_adds_its_row_to_the_ledger(monkeypatch, tmp_path):
     assert set(rows) == {"other", "digits-1-iwae-5.minutes"}
     metrics = rows["digits-1-iwae-5.minutes"]["metrics"]
     assert metrics["nll"] == json.loads(done.stdout)["nll"]
-    assert (metrics["budget"], metrics["data"], metrics["paper_nll"]) == ("minutes", "digits", None)  # the paper's numbers are MNIST's
+    assert (metrics["budget"], metrics["data"]) == ("minutes", "digits")
+    assert metrics["paper_nll"] is None  # the paper's numbers are MNIST's
     assert {"command", "seed", "commit", "hardware", "versions", "seconds"} <= set(rows["digits-1-iwae-5.minutes"])
     assert vaelib.load(tmp_path / "runs" / "digits-1-iwae-5.minutes").latent_dim == 50
 

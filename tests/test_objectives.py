@@ -58,7 +58,9 @@ def test_means_over_pixels_and_latents_train_the_beta_vae_that_they_imply(small_
     pixels, latents = 784, 4
 
     def gradient(objective):
-        return torch.cat([g.flatten() for g in torch.autograd.grad(objective(small_vae.elbo(x, 1, eps)), list(small_vae.parameters()))])
+        return torch.cat(
+            [g.flatten() for g in torch.autograd.grad(objective(small_vae.elbo(x, 1, eps)), list(small_vae.parameters()))]
+        )
 
     cases = {(1 / pixels, 1 / latents): pixels / latents, (1 / pixels, 1): pixels, (1, 1 / latents): 1 / latents, (2, 1): 1 / 2}
     for (a, b), beta in cases.items():

@@ -175,5 +175,5 @@ def test_every_ignored_type_names_its_code_and_ruff_and_mypy_are_what_make_lint_
         for line in path.read_text().splitlines():
             assert "type: ignore" not in line or re.search(r"# type: ignore\[[a-z, -]+\]", line), f"{path.name}: {line}"
     recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
-    assert [line.split("/")[-1].split()[0] for line in recipe.splitlines()] == ["ruff", "mypy"]
+    assert [line.split("/")[-1].split()[0] for line in recipe.splitlines()] == ["ruff", "ruff", "mypy"]
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["strict"] is True

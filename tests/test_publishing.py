@@ -67,11 +67,10 @@ def test_every_target_and_path_that_a_workflow_names_exists(path):
     assert {name for name in named - MADE if not (ROOT / name).exists()} == set()
 
 
-def test_every_target_has_a_line_of_help_or_a_reason_and_all_are_phony():
+def test_every_target_has_a_line_of_help_and_all_are_phony():
     makefile = (ROOT / "Makefile").read_text()
-    helped = set(re.findall(r'@echo "make ([a-z-]+)', makefile))
-    assert helped <= targets()
-    assert targets() - helped == {"help", "setup", "test-unit", "test-notebooks", "clean"}
+    help_of = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"^make ([a-z-]+) +\w", help_of, re.MULTILINE)) == targets()
     assert set(re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()) == targets()
 
 
@@ -117,7 +116,9 @@ def test_a_python_that_is_not_here_is_named_and_fails_only_where_it_was_asked_fo
 
 
 def test_the_release_is_refused_unless_the_tag_is_the_version(tmp_path):
-    steps = [step["run"] for step in steps_of(ROOT / ".github" / "workflows" / "release.yml") if "GITHUB_REF_NAME" in step.get("run", "")]
+    steps = [
+        step["run"] for step in steps_of(ROOT / ".github" / "workflows" / "release.yml") if "GITHUB_REF_NAME" in step.get("run", "")
+    ]
     assert len(steps) == 1
     for tag, code in ((f"v{vaelib.__version__}", 0), ("v99.0", 1), (f"v{vaelib.__version__}.1", 1)):
         done = subprocess.run(["bash", "-e", "-c", steps[0]], cwd=ROOT, env={"GITHUB_REF_NAME": tag, "PATH": "/usr/bin:/bin"})

@@ -71,7 +71,9 @@ def test_statistical_distances_are_those_of_torch_distributions_and_of_the_integ
     both = kl_divergence(first, second) + kl_divergence(second, first)
     torch.testing.assert_close(distance_between(p, q, "symmetric_kl"), both, rtol=1e-12, atol=1e-12)
     grid = torch.linspace(-40, 40, 400001, dtype=torch.float64)[:, None, None]  # the integral of sqrt(p q) factors over the latents
-    roots = ((Normal(p.mean, (p.log_var / 2).exp()).log_prob(grid) + Normal(q.mean, (q.log_var / 2).exp()).log_prob(grid)) / 2).exp()
+    roots = (
+        (Normal(p.mean, (p.log_var / 2).exp()).log_prob(grid) + Normal(q.mean, (q.log_var / 2).exp()).log_prob(grid)) / 2
+    ).exp()
     integral = torch.trapezoid(roots, dx=80 / 400000, dim=0).prod(1)
     torch.testing.assert_close(distance_between(p, q, "bhattacharyya"), -integral.log(), rtol=1e-8, atol=1e-10)
 
@@ -704,7 +706,9 @@ def command(monkeypatch, capsys, tmp_path):
 def indexed(model, vaelib_command, tmp_path_factory):
     folder = tmp_path_factory.mktemp("retrieval")
     vaelib.save(model, folder / "run")
-    done = vaelib_command("index", folder / "run", "--data", "digits", "--out", folder / "digits.index", "--device", "cpu", "--json")
+    done = vaelib_command(
+        "index", folder / "run", "--data", "digits", "--out", folder / "digits.index", "--device", "cpu", "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"] == 1500
     return folder
@@ -892,7 +896,9 @@ def test_a_query_that_found_its_k_is_not_searched_again(model, digits, monkeypat
     assert lists < 100  # a list has fewer codes than the 100 candidates that are wanted for k = 10, and more than 2
     exact = nearest_neighbours(index.codes.mean[:200], index.codes.mean, 2).indices
     searched = []
-    monkeypatch.setattr("vaelib.retrieval.nearest_neighbours", lambda q, x, k: searched.append(len(q)) or nearest_neighbours(q, x, k))
+    monkeypatch.setattr(
+        "vaelib.retrieval.nearest_neighbours", lambda q, x, k: searched.append(len(q)) or nearest_neighbours(q, x, k)
+    )
     found = index.search(index.codes.mean[:200], k=2, effort=1)
     assert sum(searched) <= 20
     assert (found.indices == exact).double().mean() > 0.5  # what one list has
@@ -906,5 +912,7 @@ def test_a_file_whose_structure_has_every_code_is_read(model, digits, tmp_path):
     index.save(tmp_path / "index")
     tensors, about = load_file(tmp_path / "index"), safe_open(tmp_path / "index", "pt").metadata()
     save_file({name: value for name, value in tensors.items() if name not in ("rows", "starts")}, tmp_path / "old", about)
-    for part, same in zip(LatentIndex.load(tmp_path / "old").search(digits.pixels[:9], 5), index.search(digits.pixels[:9], 5), strict=True):
+    for part, same in zip(
+        LatentIndex.load(tmp_path / "old").search(digits.pixels[:9], 5), index.search(digits.pixels[:9], 5), strict=True
+    ):
         assert torch.equal(part, same)

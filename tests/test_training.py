@@ -565,11 +565,16 @@ def test_a_compiled_model_takes_the_same_steps(split):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_training_where_no_gradient_can_be_is_refused_with_the_way_out(mode, model, split):
     start = weights(model)
-    with mode(), pytest.raises(ValueError, match=r"model: got it under torch.no_grad\(\) or torch.inference_mode\(\), expected a call"):
+    with (
+        mode(),
+        pytest.raises(ValueError, match=r"model: got it under torch.no_grad\(\) or torch.inference_mode\(\), expected a call"),
+    ):
         fit(model, split[0], config=TrainConfig(epochs=1, **QUIET))
     with torch.inference_mode():
         made_there = mlp_vae((1, 28, 28), (8,), 2)
-    with pytest.raises(ValueError, match=r"model: got one made under torch.inference_mode\(\), expected it to be made, or loaded, outside"):
+    with pytest.raises(
+        ValueError, match=r"model: got one made under torch.inference_mode\(\), expected it to be made, or loaded, outside"
+    ):
         fit(made_there, split[0], config=TrainConfig(epochs=1, **QUIET))
     with pytest.raises(ValueError, match=r"model: got weights that are all frozen, .* model.requires_grad_\(\) thaws all"):
         fit(model.requires_grad_(False), split[0], config=TrainConfig(epochs=1, **QUIET))
@@ -601,9 +606,12 @@ def test_a_run_that_diverged_says_so_and_one_that_did_not_does_not(model, split,
     assert fit(model, *split, TrainConfig(epochs=1, batch_size=50, **QUIET)).diverged is None
     torch.manual_seed(0)
     model, some = mlp_vae((1, 28, 28), (32,), 4), {"batch_size": 50, "schedule": "constant", "skip_norm": 100.0}
-    assert fit(model, split[0], config=TrainConfig(epochs=1, **some | QUIET)).diverged is None  # though half of the steps were left out
+    history = fit(model, split[0], config=TrainConfig(epochs=1, **some | QUIET))
+    assert history.diverged is None  # though half of the steps were left out
     assert not [warning for warning in recwarn if "diverged" in str(warning.message)]
-    with pytest.warns(UserWarning, match=r"training diverged: after epoch 1 the ELBO is -\S+e\+\d+ nats per image.*; at the first step"):
+    with pytest.warns(
+        UserWarning, match=r"training diverged: after epoch 1 the ELBO is -\S+e\+\d+ nats per image.*; at the first step"
+    ):
         history = fit(model, *split, TrainConfig(epochs=1, batch_size=50, **WILD | QUIET))
     assert history.diverged.startswith("after epoch 1")
     assert history[0]["valid_elbo"] < -1e6

@@ -411,7 +411,9 @@ def test_keyed_noise_is_uniform_normal_and_uncorrelated(digits):
 def test_conv_vae_has_128_latents_and_a_decoder_that_mirrors_the_encoder():
     assert vaelib.conv_vae().latent_dim == 128
     model = vaelib.conv_vae((1, 8, 8), 4, "bernoulli", channels=(3, 5))
-    down = [layer.out_channels for layer in model.encoder.modules() if isinstance(layer, torch.nn.Conv2d) and layer.stride == (2, 2)]
+    down = [
+        layer.out_channels for layer in model.encoder.modules() if isinstance(layer, torch.nn.Conv2d) and layer.stride == (2, 2)
+    ]
     up = [layer.in_channels for layer in model.decoder.modules() if isinstance(layer, torch.nn.ConvTranspose2d)]
     assert down == [3, 5]
     assert up == [5, 3]

@@ -151,7 +151,9 @@ def test_every_picture_keeps_the_shape_of_its_file_and_stays_in_its_column(name,
 
 def test_the_check_of_shapes_finds_a_squashed_and_a_wide_picture(open_page):
     tab = open_page("elbo.html", 390)
-    tab.add_style_tag(content=".bd-article figure img { height: 720px !important; width: 500px !important; max-width: none !important; }")
+    tab.add_style_tag(
+        content=".bd-article figure img { height: 720px !important; width: 500px !important; max-width: none !important; }"
+    )
     faults = tab.evaluate(SHAPES)
     assert any("its file 1520 x" in fault for fault in faults)
     assert any("its column" in fault for fault in faults)

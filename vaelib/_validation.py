@@ -112,7 +112,9 @@ def warn_of_scale(argument: str, pixels: Tensor) -> None:
     top = int(pixels.max())
     if top == 1 or (1 < top <= 16 and len(pixels) >= 16):
         reach = "of 0 and 1 only" if top == 1 else f"of at most {top}"
-        warn(f"{argument}: got levels {reach}, expected 0..255, where 255 is white; multiply them by {255 // top} if {top} is white")
+        warn(
+            f"{argument}: got levels {reach}, expected 0..255, where 255 is white; multiply them by {255 // top} if {top} is white"
+        )
 
 
 def check_pixels(argument: str, value: Any, image_shape: Sequence[int] | None = None) -> Tensor:

@@ -50,7 +50,6 @@ FILES = (CHECKPOINT, CONFIG, WEIGHTS, HISTORY, RUN)  # what a run leaves in its 
 PRIORS = {"standard": None, "mixture": fit_mixture, "second-stage": fit_second_stage}
 
 
-
 def expanded(value: Any) -> Any:
     """A path, a list of them or none, with ~ as the home folder: the shell leaves it where it stands behind --out= or in quotes."""
     return [as_path(path) for path in value] if isinstance(value, (list, tuple)) else as_path(value) if value else value
@@ -143,7 +142,9 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
             nullable.append(field.name)
             text, default = f"{text} 0 is None.", kind(default or 0)
         option = typer.Option(f"--{field.name.replace('_', '-')}", help=text)  # its name alone: no --no-flip
-        options.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]))
+        options.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+        )
 
     signature = inspect.signature(command, eval_str=True)
     own = [parameter.replace(kind=parameter.KEYWORD_ONLY) for name, parameter in signature.parameters.items() if name != "config"]
@@ -173,12 +174,14 @@ def train(
     likelihood: Annotated[
         str, typer.Option(help=f"{', '.join(LIKELIHOODS)}, or a JSON object with its arguments; default: the model's.")
     ] = "",
-    hidden_dims: Annotated[str, typer.Option("--hidden", help="mlp, conditional: sizes of the hidden layers, such as 500,200.")] = "",
+    hidden_dims: Annotated[
+        str, typer.Option("--hidden", help="mlp, conditional: sizes of the hidden layers, such as 500,200.")
+    ] = "",
     latent_dim: Annotated[str, typer.Option(help="Size of z; conv: also channels x height x width, such as 64x8x8.")] = "",
     channels: Annotated[str, typer.Option(help="conv: channels of its stages, such as 32,64,128.")] = "",
     residual_blocks: Annotated[str, typer.Option(help="conv: residual blocks after each stage.")] = "",
     model_options: Annotated[
-        str, typer.Option(help="JSON object with further arguments of the model's function, as in the reference: {\"width\": 64}.")
+        str, typer.Option(help='JSON object with further arguments of the model\'s function, as in the reference: {"width": 64}.')
     ] = "",
     compile_mode: Annotated[str, typer.Option(help="torch.compile in this mode, such as reduce-overhead (CUDA graphs).")] = "",
     valid_size: Annotated[int, typer.Option(help="Training images held out for the curve; 0 takes a twelfth.")] = 0,
@@ -215,7 +218,9 @@ def train(
     group.wait()
     if not group.leads:
         images = load_folder(folder, shape) if folder else images_named(data)
-    train_images, valid = train_valid_split(images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, config.seed)
+    train_images, valid = train_valid_split(
+        images, check_int("valid_size", valid_size, minimum=0) or len(images) // 12, config.seed
+    )
     torch.manual_seed(config.seed)
     if "num_classes" in inspect.signature(MODELS[model]).parameters:
         arguments["num_classes"] = len(images.classes)
@@ -339,7 +344,10 @@ def load_run(run: Path) -> VAE:
         return load(run)
     model, state = load_checkpoint(run)
     done = f"{len(state['history'])} epochs and {state['step']} steps"
-    print(f"vaelib: {run} has no finished model; its checkpoint is used, after {done}; train --resume goes on from it", file=sys.stderr)
+    print(
+        f"vaelib: {run} has no finished model; its checkpoint is used, after {done}; train --resume goes on from it",
+        file=sys.stderr,
+    )
     return model
 
 
@@ -373,7 +381,9 @@ def sample(
     num_images: Annotated[int, typer.Option(help="How many images; 0 takes 64, or 10 steps of --interpolate.")] = 0,
     grid: Annotated[str, typer.Option(help="ROWSxCOLS of the sheet, such as 4x10, instead of --num-images.")] = "",
     temperature: Annotated[float, typer.Option(help="Factor on the prior's standard deviation.")] = 1.0,
-    prior: Annotated[str, typer.Option(help="standard, or fitted to the training images' codes: mixture, second-stage.")] = "standard",
+    prior: Annotated[
+        str, typer.Option(help="standard, or fitted to the training images' codes: mixture, second-stage.")
+    ] = "standard",
     data: Annotated[str, typer.Option(help="What --prior is fitted to; by default the set the model was trained on.")] = "",
     ends: Annotated[tuple[str, str], typer.Option("--interpolate", help="Walk between two image files.")] = ("", ""),
     kind: Annotated[str, typer.Option(help="Way of --interpolate: linear or spherical; default: linear.")] = "",
@@ -448,7 +458,9 @@ def index_images(
     images, source = images_asked_for(run, model, folder, data, split or "train")
     index = LatentIndex.build(model, images, method=method, source=source)
     if not all(part.isfinite().all() for part in index.codes):
-        raise ValueError(f"run: the model in {run} gives codes that are not finite (NaN or infinity), expected one that was trained well")
+        raise ValueError(
+            f"run: the model in {run} gives codes that are not finite (NaN or infinity), expected one that was trained well"
+        )
     index.save(out)
     result = {"out": str(out), **source, "images": len(index), "skipped": len(images.skipped), "latents": model.latent_dim}
     result |= {"method": method, "bytes": out.stat().st_size}
@@ -483,7 +495,9 @@ def query_images(index: LatentIndex, paths: list[Path], query_index: int | None)
             names, pixels = [*names, str(path)], [*pixels, read_image(path, index.model.image_shape)]
     if query_index is not None:
         if "data" not in index.source:
-            raise ValueError(f"query_index: got {query_index}, but the index is not of an image set; expected image files as queries")
+            raise ValueError(
+                f"query_index: got {query_index}, but the index is not of an image set; expected image files as queries"
+            )
         test = load_images(index.source["data"], "test")
         if check_int("query_index", query_index, minimum=0) >= len(test):
             raise ValueError(f"query_index: got {query_index}, expected less than the {len(test)} test images")
@@ -519,7 +533,14 @@ def search(
     k = min(10, len(index)) if k is None else k
     indices, distances = (part.tolist() for part in index.search(pixels, k, distance))
     rows = [
-        {"query": name, "rank": rank, "index": i, "label": index.label(i), "file": index.names[i] if index.names else None, "distance": d}
+        {
+            "query": name,
+            "rank": rank,
+            "index": i,
+            "label": index.label(i),
+            "file": index.names[i] if index.names else None,
+            "distance": d,
+        }
         for name, *hits in zip(names, indices, distances, strict=True)
         for rank, (i, d) in enumerate(zip(*hits, strict=True), start=1)
     ]
@@ -562,7 +583,9 @@ def reproduce(
     check_choice("table", table, ("iwae",))
     check_seed("seed", seed)
     check_choice("k", k, BUDGETS[check_choice("budget", budget, BUDGETS)].epochs)
-    name = f"{check_choice('data', data, NAMES)}-{layers}-{objective if k > 1 else 'vae'}-{k}.{budget}" + f".seed{seed}" * (seed > 0)
+    name = f"{check_choice('data', data, NAMES)}-{layers}-{objective if k > 1 else 'vae'}-{k}.{budget}" + f".seed{seed}" * (
+        seed > 0
+    )
     rows_of(ledger)  # whether it can be added to is known before any work
     check_unused(out / name, (out / name / CHECKPOINT).exists(), False)
     writable_folder("out", out / name)

@@ -28,7 +28,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # progress in [0, 1] -> fact
 }
 
 
-
 @dataclass(frozen=True)
 class TrainConfig:
     """How to train; a bad value is refused here, before any work (the device is looked for by `fit`).
@@ -125,7 +124,7 @@ class TrainConfig:
                     belongs = f"{neutral}: it belongs to the ELBO, and the objective is {self.objective!r}"
                     raise ValueError(f"{name}: got {getattr(self, name)}, expected {belongs}")
         if self.objective == "dreg" and self.compile:
-            raise ValueError(f"compile: got {self.compile!r}, expected False: the gradient of the objective 'dreg' is made by a hook")
+            raise ValueError(f"compile: got {self.compile!r}, expected False: a hook makes the gradient of 'dreg'")
         if isinstance(self.compile, str):
             check_choice("compile", self.compile, COMPILE_MODES)
         elif not isinstance(self.compile, bool):

@@ -183,7 +183,8 @@ class ImageSet:
         try:
             pixels = torch.empty(count, *shape, dtype=torch.uint8, device="cpu")
         except RuntimeError as error:
-            raise ValueError(f"dataset: got {count} images, {size / 2**30:.1f} GiB as uint8, more than there is memory for") from error
+            needed = f"{count} images, {size / 2**30:.1f} GiB as uint8"
+            raise ValueError(f"dataset: got {needed}, more than there is memory for") from error
         labels: list[Any] = []
         for i in tqdm(range(count), desc=f"{name}: {size / 2**20:.0f} MiB", unit="image", disable=not progress):
             image, label = image_and_label(i, dataset[i])
@@ -409,9 +410,10 @@ def _shapes(split: str) -> ImageSet:
     circle = (across**2 + down**2).sqrt() - radius
     square = torch.maximum(across.abs(), down.abs()) - 0.85 * radius
     triangle = torch.maximum(0.894 * across.abs() - 0.447 * down - 0.447 * radius, down - 0.85 * radius)
-    distance = torch.stack([circle, square, triangle.expand_as(circle)])[kind, torch.arange(count, device="cpu")]  # (N, 32, 32), in pixels
+    each = torch.arange(count, device="cpu")
+    distance = torch.stack([circle, square, triangle.expand_as(circle)])[kind, each]  # (N, 32, 32), in pixels
     cover = (0.5 - distance).clamp(0, 1)[:, None]
-    phase = (6 * hue[:, None] + torch.tensor([0.0, 4.0, 2.0], dtype=torch.float64, device="cpu")) % 6  # (N, 3): hue to RGB, full saturation
+    phase = (6 * hue[:, None] + torch.tensor([0.0, 4.0, 2.0]).to(hue)) % 6  # (N, 3): hue to RGB, full saturation
     colour = ((phase - 3).abs() - 1).clamp(0, 1)[:, :, None, None]
     pixels = (255 * (0.08 + cover * (0.2 + 0.72 * colour))).round().to(torch.uint8)
     factors = torch.stack([kind.double(), x, y, size, hue], dim=1).float()
@@ -442,7 +444,8 @@ def image_set(pixels: Tensor, labels: Tensor | Sequence[int] | None = None, name
     if codes.is_floating_point() or codes.numel() == 0 or codes.min() < 0:
         raise ValueError(f"labels: got {describe(labels)}, expected whole numbers of at least 0")
     codes = codes.long()
-    return ImageSet(pixels, codes.to(pixels.device), tuple(map(str, range(int(codes.max()) + 1))), name, labelled=labels is not None)
+    classes = tuple(map(str, range(int(codes.max()) + 1)))
+    return ImageSet(pixels, codes.to(pixels.device), classes, name, labelled=labels is not None)
 
 
 def load_folder(path: str | Path, image_shape: Sequence[int]) -> ImageSet:

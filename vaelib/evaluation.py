@@ -240,8 +240,8 @@ def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chai
             u = u.detach().requires_grad_()
             log_prior = prior.log_prob(u)
             if not log_prior.requires_grad:
-                expected = "expected a density of continuous z: the chains follow its gradient"
-                raise ValueError(f"model: got one with the prior {type(prior).__name__}, whose log_prob has no gradient, {expected}")
+                found = f"the prior {type(prior).__name__}, whose log_prob has no gradient"
+                raise ValueError(f"model: got one with {found}, expected a density of continuous z: the chains follow its gradient")
             return torch.autograd.grad(log_prior.sum(), u)[0]
 
     if from_noise is not None:
@@ -470,12 +470,14 @@ def rate_decomposition(model: VAE, images: ImageSet | Tensor, num_draws: int = 2
         return *draw.gaussian(), draw.z[0], draw.p.log_prob(draw.z)[0]
 
     mean, log_var, z, log_prior = (value.double() for value in over_images(model, images, 1000, seed, measure))
-    chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(int(seed)), device="cpu")[: check_int("num_draws", num_draws)]
+    order = torch.randperm(len(z), generator=torch.Generator().manual_seed(int(seed)), device="cpu")
+    chosen = order[: check_int("num_draws", num_draws)]
     precision = (-log_var).exp()
     constant = (mean.square() * precision + log_var).sum(1) + model.latent_dim * math.log(2 * math.pi)  # (N,)
     own, marginal = [], []
     for these in chosen.split(200):
-        squares = z[these].square() @ precision.T - 2 * z[these] @ (mean * precision).T + constant  # -2 log q(z_m given x_n), (M, N)
+        # -2 log q(z_m given x_n), (M, N)
+        squares = z[these].square() @ precision.T - 2 * z[these] @ (mean * precision).T + constant
         marginal.append(torch.logsumexp(-0.5 * squares, 1) - math.log(len(z)))
         own.append(gaussian_log_density(z[these], mean[these], log_var[these]))
     information, gap = torch.cat(own) - torch.cat(marginal), torch.cat(marginal) - log_prior[chosen]

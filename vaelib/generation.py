@@ -144,8 +144,8 @@ def class_means(model: VAE, images: ImageSet) -> Tensor:
     counts = images.labels.cpu().bincount(minlength=len(images.classes))
     if empty := [name for name, count in zip(images.classes, counts.tolist(), strict=True) if not count]:
         raise ValueError(f"images: got no image of {', '.join(empty)}, expected some of each class")
-    total = torch.zeros(len(counts), model.latent_dim, device="cpu").index_add_(0, images.labels.cpu(), posterior_means(model, images))
-    return total / counts[:, None]
+    total = torch.zeros(len(counts), model.latent_dim, device="cpu")
+    return total.index_add(0, images.labels.cpu(), posterior_means(model, images)) / counts[:, None]
 
 
 def attribute_vector(model: VAE, images: ImageSet | Tensor, has: Tensor) -> Tensor:

@@ -62,7 +62,9 @@ class MixturePrior(NamedTuple):
 
     def sample(self, num: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
         """`num` codes (num, L); `temperature` is a factor on the standard deviation of each component."""
-        coin, eps = noise.normal_rows(check_int("num", num), 1 + self.means.shape[1], generator).split([1, self.means.shape[1]], dim=1)
+        coin, eps = noise.normal_rows(check_int("num", num), 1 + self.means.shape[1], generator).split(
+            [1, self.means.shape[1]], dim=1
+        )
         edges = self.weights.double().cumsum(0)[:-1]
         component = torch.searchsorted(edges, torch.special.ndtr(coin[:, 0].double()), right=True)
         eps = temperature * eps

@@ -272,7 +272,8 @@ def bootstrap_interval(values: Tensor, level: float = 0.95, num_resamples: int =
         raise ValueError(f"level: got {level}, expected a share between 0 and 1")
     generator = torch.Generator().manual_seed(check_seed("seed", seed))
     values, shape = values.cpu().double(), (check_int("num_resamples", num_resamples), *values.shape)
-    means = torch.stack([values[torch.randint(len(values), shape[1:], generator=generator, device="cpu")].mean() for _ in range(shape[0])])
+    drawn = (torch.randint(len(values), shape[1:], generator=generator, device="cpu") for _ in range(shape[0]))
+    means = torch.stack([values[these].mean() for these in drawn])
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device="cpu")).tolist()
     return low, high
 
@@ -295,7 +296,7 @@ def score_retrieval(
     if check_int("k", k) > check_classes("found", found, 2).shape[1]:
         raise ValueError(f"k: got {k}, expected at most the {found.shape[1]} neighbours that were found")
     if (labels == labels[0]).all():
-        raise ValueError(f"labels: got class {int(labels[0])} for all images, expected several: of one class all that is found is right")
+        raise ValueError(f"labels: got class {int(labels[0])} for all images, expected several: of one class all is right")
     found = found[:, :k]
     per_query["precision_at_k"] = precision_at_k(found, query_labels)
     per_query["recall_at_k"] = recall_at_k(found, query_labels, labels)
@@ -344,7 +345,8 @@ class LatentIndex:
     source: dict[str, str]
     method: str
     model_hash: str
-    structure: Any = None  # FAISS's, of the distinct codes: many equal ones would cut the graph of HNSW in parts that cannot be reached
+    # FAISS's, of the distinct codes: many equal ones would cut the graph of HNSW in parts that cannot be reached
+    structure: Any = None
     rows: Any = None  # beside it, int64: the images, those of one code together (N,), and where those of each code start (D,)
 
     @classmethod
@@ -409,7 +411,7 @@ class LatentIndex:
         if self.classes and classes and self.classes != classes:
             raise ValueError(f"images: got the classes {describe(classes)}, expected those of the index, {describe(self.classes)}")
         if len(names) not in ({0, count} if len(self) == 0 else {count if self.names else 0}):
-            raise ValueError(f"names: got {len(names)} for {count} images, expected one for each image of the index, or none at all")
+            raise ValueError(f"names: got {len(names)} for {count} images, expected one for each image, or none at all")
         device = self.codes.mean.device
         codes = Posterior(*(torch.cat([old, part.to(device)]) for old, part in zip(self.codes, new, strict=True)))
         if self.method != "exact":

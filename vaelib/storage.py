@@ -135,7 +135,9 @@ def save(model: VAE, path: str | Path) -> None:
     try:
         config = json.dumps(model.config, indent=2)
     except TypeError as error:
-        raise ValueError(f"model: got a config that JSON cannot hold ({error}), expected numbers, strings, lists and dicts") from error
+        raise ValueError(
+            f"model: got a config that JSON cannot hold ({error}), expected numbers, strings, lists and dicts"
+        ) from error
     if signature(model) != signature(build(json.loads(config))):
         raise ValueError(
             "model: got a VAE that its config does not build again (other parts or dtype); save its state_dict() yourself"
@@ -170,7 +172,9 @@ def load(path: str | Path, model: VAE | None = None) -> VAE:
     path = as_path(path)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
-            cut = f" (but the {CHECKPOINT} of a run that was cut off, with which fit goes on: resume=True, or vaelib train --resume)"
+            cut = (
+                f" (but the {CHECKPOINT} of a run that was cut off, with which fit goes on: resume=True, or vaelib train --resume)"
+            )
             hint = cut if (path / CHECKPOINT).is_file() else ""
             raise ValueError(f"path: got {path}, expected a folder written by vaelib.save; it has no {name}{hint}")
     try:

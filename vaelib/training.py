@@ -173,7 +173,7 @@ class Run:
                 self.trace = trace
         except BROKEN as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"resume: got a checkpoint whose parts do not fit this run ({reason}), expected a whole one") from error
+            raise ValueError(f"resume: got a checkpoint whose parts do not fit this run ({reason})") from error
 
     @contextmanager
     def kept_whole(self) -> Iterator[None]:
@@ -303,7 +303,8 @@ class Run:
             if self.valid is not None:
                 record |= validate(self.model, self.valid, self.config.seed, self.group)
                 if not math.isfinite(record["valid_elbo"]):
-                    raise FloatingPointError(f"epoch {epoch}: the held-out ELBO is {record['valid_elbo']}; try a lower learning_rate")
+                    found = f"the held-out ELBO is {record['valid_elbo']}"
+                    raise FloatingPointError(f"epoch {epoch}: {found}; try a lower learning_rate")
             self.good_weights = copy_of_weights(self.model)
         taken = rows[rows[:, 3] == 0]
         record |= {
@@ -423,7 +424,8 @@ def check_arguments(model: VAE, images: ImageSet, valid: ImageSet | None, config
     if not torch.is_grad_enabled():
         raise ValueError("model: got it under torch.no_grad() or torch.inference_mode(), expected a call of fit outside of them")
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError("model: got weights that are all frozen, expected some with requires_grad; model.requires_grad_() thaws all")
+        expected = "expected some with requires_grad; model.requires_grad_() thaws all"
+        raise ValueError(f"model: got weights that are all frozen, {expected}")
     if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("model: got one made under torch.inference_mode(), expected it to be made, or loaded, outside")
     if dtypes := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:

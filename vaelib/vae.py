@@ -15,15 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vaelib._validation import (
-    check_image_shape,
-    check_int,
-    check_observation,
-    describe,
-    plain,
-)
+from vaelib._validation import check_image_shape, check_int, check_observation, describe, plain
 from vaelib.densities import Draw, Posterior, StandardNormal, kl_divergence
-from vaelib.densities import reparameterize as reparameterize
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
 from vaelib.objectives import ElboTerms, doubly_reparameterized_bound, importance_weighted_bound

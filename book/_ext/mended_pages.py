@@ -105,7 +105,8 @@ def lighter(page: str, address: str, folder: Path) -> str:
         path = (folder / address).parent / match[1]
         width, height = struct.unpack(">II", path.read_bytes()[16:24])  # of a PNG file
         lazy = f'<img loading="lazy" width="{width}" height="{height}"{match[0][4:]}'
-        return lazy if re.search(r"<a [^>]*>\s*\Z", page[: match.start()]) else f'<a href="{match[1]}">{lazy}</a>'  # a tap enlarges it
+        linked = re.search(r"<a [^>]*>\s*\Z", page[: match.start()])
+        return lazy if linked else f'<a href="{match[1]}">{lazy}</a>'  # a tap enlarges it
 
     def frame(match):
         data = unescape(match[1]).encode()
@@ -132,14 +133,16 @@ def mend(app, error):
         for pattern, replacement in RULES:
             page = re.sub(pattern, replacement, page, flags=re.DOTALL)
         if 'class="math' not in page:  # half the weight of a page that shows no formula
-            page = re.sub(r'\s*<script [^>]*tex-svg-full\.js[^>]*></script>', "", page)
+            page = re.sub(r"\s*<script [^>]*tex-svg-full\.js[^>]*></script>", "", page)
         if address == "404.html":  # shown at any depth, so its addresses start at the site's root
             page = re.sub(r'((?:href|src|action|content_root)=")(?![a-z]+:|#|/)', rf"\g<1>{urlparse(root).path}", page)
         if page != text:
             path.write_text(page, encoding="utf-8")
     pages = sorted(urljoin(root, app.builder.get_target_uri(name)) for name in app.env.found_docs)
     urls = "".join(f"<url><loc>{escape(page)}</loc></url>\n" for page in pages)
-    site_map = f'<?xml version="1.0" encoding="utf-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n'
+    site_map = (
+        f'<?xml version="1.0" encoding="utf-8"?>\n<urlset xmlns="http://www.sitemaps.org/schemas/sitemap/0.9">\n{urls}</urlset>\n'
+    )
     (folder / "sitemap.xml").write_text(site_map, encoding="utf-8")
     shutil.copyfile(folder / app.builder.get_target_uri(app.config.root_doc), folder / "index.html")  # in place of a redirect
 

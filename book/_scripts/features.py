@@ -26,7 +26,9 @@ COMMAND = "python book/_scripts/features.py"
 def accuracy(net, images):
     """The share of images whose largest logit is that of their class."""
     with evaluating(net):
-        right = [(net(p).argmax(1) == y).sum().item() for p, y in zip(images.pixels.split(1000), images.labels.split(1000), strict=True)]
+        right = [
+            (net(p).argmax(1) == y).sum().item() for p, y in zip(images.pixels.split(1000), images.labels.split(1000), strict=True)
+        ]
     return sum(right) / len(images)
 
 

@@ -90,7 +90,9 @@ def fit_with_contrast(model, images, config, weight, elbo=True):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
     for _ in range(config.epochs):
         for pixels in vaelib.minibatches(images, 256, generator):
-            x, one, two = (model.likelihood.observe(p, generator) for p in (pixels, augment(pixels, generator), augment(pixels, generator)))
+            x, one, two = (
+                model.likelihood.observe(p, generator) for p in (pixels, augment(pixels, generator), augment(pixels, generator))
+            )
             terms = model.elbo(x, generator=generator, validate=False) if elbo else None
             views = F.normalize(torch.cat([model.encode(one, False).mean, model.encode(two, False).mean]))
             likeness = (views @ views.T / 0.2).fill_diagonal_(-torch.inf)
@@ -181,7 +183,9 @@ def run(name, row, seed):
     scores = score_retrieval(train.labels[found.indices], test.labels[asked], train.labels, mean_average_precision=precision)
     scores |= {"num_queries": len(asked), "num_ranked": len(some), **hubs(found, database, distance)}
     metrics = scores | {"train_seconds": round(seconds, 1), "search_seconds": round(searched, 1), "dimensions": LATENTS[name]}
-    return entry(f"python book/_scripts/retrieval_rows.py {name}.{row}{f'.{seed}' if seed else ''}", seed, seconds + searched, metrics)
+    return entry(
+        f"python book/_scripts/retrieval_rows.py {name}.{row}{f'.{seed}' if seed else ''}", seed, seconds + searched, metrics
+    )
 
 
 def main():

@@ -63,7 +63,9 @@ def tile(pixels: Tensor, columns: int | None = None, gap: int = 1, ground: int =
     count, channels, height, width = pixels.shape
     columns = check_int("columns", columns) if columns is not None else math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
-    sheet = torch.full((channels, rows * (height + gap) - gap, columns * (width + gap) - gap), ground, dtype=torch.uint8, device="cpu")
+    sheet = torch.full(
+        (channels, rows * (height + gap) - gap, columns * (width + gap) - gap), ground, dtype=torch.uint8, device="cpu"
+    )
     for i, image in enumerate(pixels.cpu()):
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         sheet[:, top : top + height, left : left + width] = image

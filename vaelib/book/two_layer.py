@@ -65,7 +65,8 @@ class TwoLayerVAE(VAE):
         h1 = below.sample(noise1)
         above = Posterior(*(statistic.view_as(noise2).to(eps.dtype) for statistic in self.encoder[1](h1.flatten(0, 1))))
         z = torch.cat([above.sample(noise2), h1], dim=2)
-        q, p = joined([above, below]), Posterior(*(statistic.view_as(z) for statistic in self.prior.along(z.flatten(0, 1), given=True)[1]))
+        q, along = joined([above, below]), self.prior.along(z.flatten(0, 1), given=True)[1]
+        p = Posterior(*(statistic.view_as(z) for statistic in along))
         (_, p1), zero = p.split(self.split), torch.zeros_like(noise2)
         closed, drawn = kl_divergence(above, Posterior(zero, zero), z), log_ratio_per_unit(h1, below, p1)
         return Draw(z, self.log_likelihood(x, z), q, p, torch.cat([closed, drawn], dim=2))

@@ -236,7 +236,7 @@ def page_decoder(model: VAE) -> dict[str, Any]:
         raise ValueError(f"model: got {got}, expected MLPDecoder and Bernoulli: the page computes that mean itself")
     shape = check_channels("model", model.image_shape)
     activation = next((layer for layer in decoder.hidden if not isinstance(layer, nn.Linear)), nn.ReLU())
-    h, layers = torch.randn(1000, model.latent_dim, generator=torch.Generator().manual_seed(0), device="cpu"), []  # codes from the prior
+    layers, h = [], torch.randn(1000, model.latent_dim, generator=torch.Generator().manual_seed(0), device="cpu")  # from the prior
     for layer in (*decoder.hidden[::2], decoder.head):
         weight, bias = layer.weight.detach().cpu().float(), layer.bias.detach().cpu().float()
         packed = {"weight": encoded(weight)}
@@ -339,4 +339,6 @@ def live_traversal(model: VAE, image: ImageSet | Tensor, units: Sequence[int], s
     """`traversal_sliders` in a live notebook, for any model: an ipywidgets box."""
     start, span = start_code(model, "image", image, units), check_number("span", span, exclusive=True)
     limits = {f"z[{unit}]": (min(-span, value), max(span, value), value) for unit in units for value in [float(start[0, unit])]}
-    return live(model, lambda z: start.index_copy(1, torch.tensor(list(units), device="cpu"), torch.tensor([z], device="cpu")), **limits)
+    return live(
+        model, lambda z: start.index_copy(1, torch.tensor(list(units), device="cpu"), torch.tensor([z], device="cpu")), **limits
+    )

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 
 from vaelib.checks.verdicts import Mistakes, judge, verdict
+from vaelib.densities import reparameterize
 from vaelib.objectives import gaussian_kl as kl
 from vaelib.objectives import importance_weighted_bound as bound
-from vaelib.vae import reparameterize
 
 Function = Callable[..., Tensor]
 
