@@ -177,3 +177,17 @@ def test_every_ignored_type_names_its_code_and_ruff_and_mypy_are_what_make_lint_
     recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
     assert [line.split("/")[-1].split()[0] for line in recipe.splitlines()] == ["ruff", "ruff", "mypy"]
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["strict"] is True
+
+
+def test_a_name_of_the_library_means_one_thing():
+    places = {}
+    for path in (ROOT / "vaelib").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = [node] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else getattr(node, "targets", [])
+            for name in {getattr(target, "name", None) or getattr(target, "id", None) for target in targets} - {None}:
+                places.setdefault(name, []).append(path.stem)
+    twice = {name: where for name, where in places.items() if len(where) > 1}
+    assert twice.keys() == {"__all__", "T", "Function", "evaluate"}, (
+        twice
+    )  # types of annotations; the command that calls the function
+    assert sorted(twice["evaluate"]) == ["cli", "evaluation"]

@@ -31,7 +31,7 @@ KINDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def fingerprint(images: ImageSet, model: VAE) -> str:
+def hash_of_images(images: ImageSet, model: VAE) -> str:
     """A hash of the pixels in their order, and of their labels where the model is given them: which images a run was trained on."""
     digest = hashlib.blake2b(images.pixels.cpu().contiguous().numpy().data, digest_size=16)
     if model.given(images.known_labels) is not model:
@@ -43,8 +43,8 @@ def identity_of(model: VAE, images: ImageSet, valid: ImageSet | None, config: Tr
     """What a checkpoint must agree with to be continued: the model, the images, and what the configuration computes."""
     return {
         "model": model.config or repr(model),
-        "images": fingerprint(images, model),
-        "valid": None if valid is None else fingerprint(valid, model),
+        "images": hash_of_images(images, model),
+        "valid": None if valid is None else hash_of_images(valid, model),
         "config": {key: value for key, value in config.as_dict().items() if key not in FREE_ON_RESUME},
     }
 

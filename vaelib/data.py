@@ -268,7 +268,7 @@ def train_valid_split(images: ImageSet, valid_size: int, seed: int = 0) -> tuple
     return images[order[valid_size:]], images[order[:valid_size]]
 
 
-CHUNK = 32  # batches of a set that stays on the host are copied together: fewer and longer copies
+BATCHES_AT_ONCE = 32  # batches of a set that stays on the host are copied together: fewer and longer copies
 
 
 def minibatches(
@@ -283,7 +283,7 @@ def minibatches(
 
     Every image comes exactly once: the last, smaller batch counts. The first `skip` batches are left out. With the `field`
     ``"labels"`` the labels (B,) come instead: from a generator of the same seed, those of the same images. They are where the set
-    is, or on `device`: then the images of `CHUNK` batches are gathered on the host and copied at once.
+    is, or on `device`: then the images of `BATCHES_AT_ONCE` batches are gathered on the host and copied at once.
     """
     batch_size, skip = check_int("batch_size", batch_size), check_int("skip", skip, minimum=0)
     values = getattr(images, check_choice("field", field, ("pixels", "labels")))
@@ -291,7 +291,7 @@ def minibatches(
         order = torch.arange(len(images), device=values.device)
     else:
         order = torch.randperm(len(images), generator=generator, device=generator.device).to(values.device)
-    together = batch_size * (1 if device is None else CHUNK)
+    together = batch_size * (1 if device is None else BATCHES_AT_ONCE)
     rest = order[skip * batch_size :]
     for indices in rest.split(together) if len(rest) else ():  # an empty tensor splits into one empty part
         yield from values[indices].to(values.device if device is None else device).split(batch_size)

@@ -194,7 +194,7 @@ class GreyBCENotALikelihood(Bernoulli):
         Likelihood.check_values(self, x)
 
 
-def check_levels(x: Tensor) -> None:
+def check_grey_levels(x: Tensor) -> None:
     """ValueError where x, known to be in [-1, 1], lies between the 256 levels."""
     level = (x.detach() + 1) * 127.5
     if not torch.all((level - level.round()).abs() < 0.01):
@@ -329,7 +329,7 @@ class Gaussian(Likelihood):
     def check_values(self, x: Tensor) -> None:
         if self.discretized:
             super().check_values(x)
-            check_levels(x)
+            check_grey_levels(x)
         elif not torch.all(x.detach().abs() <= 10):  # False for NaN too
             raise ValueError(
                 "x: got NaN or values beyond +-10, expected x on the scale [-1, 1]; likelihood.observe(pixels) scales uint8 pixels"
@@ -366,7 +366,7 @@ class DiscretizedLogistic(Likelihood):
 
     def check_values(self, x: Tensor) -> None:
         super().check_values(x)
-        check_levels(x)
+        check_grey_levels(x)
 
     def log_prob(self, x: Tensor, params: Tensor, validate: bool = True) -> Tensor:
         """Sum over pixels of log P(level): (N,), nats. eq. discretized-logistic-log-prob"""
@@ -415,7 +415,7 @@ class DiscretizedLogisticMixture(Likelihood):
 
     def check_values(self, x: Tensor) -> None:
         super().check_values(x)
-        check_levels(x)
+        check_grey_levels(x)
 
     def split(self, params: Tensor) -> tuple[Tensor, list[tuple[Tensor, Tensor, tuple[Tensor, ...]]]]:
         """params -> the mixture logits, and per channel c its location, log-scale and c coefficients, each (N, J, H, W).

@@ -27,7 +27,7 @@ from vaelib.vae import VAE
 DISTANCES = ("euclidean", "cosine", "symmetric_kl", "bhattacharyya")
 STATISTICAL = DISTANCES[2:]  # between posteriors; the others are between their means
 METHODS = ("exact", "hnsw", "ivf_pq")
-VERSION = 1  # of the index file
+INDEX_VERSION = 1  # of the index file
 SPARE = 8  # candidates beyond k whose distance is computed exactly
 NUMBERS = 2**22  # scores in memory at once: 16 MiB
 
@@ -489,7 +489,7 @@ class LatentIndex:
         if self.model.config is None or signature(self.model) != signature(build(self.model.config)):
             raise ValueError("model: got a VAE that its config does not build again, expected one built by a function of vaelib")
         about = {name: getattr(self, name) for name in ("classes", "source", "method", "model_hash")}
-        about |= {"version": VERSION, "config": self.model.config}
+        about |= {"version": INDEX_VERSION, "config": self.model.config}
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         tensors |= {"mean": self.codes.mean, "log_var": self.codes.log_var, "labels": self.labels}
         tensors["names"] = torch.frombuffer(bytearray(json.dumps(self.names).encode()), dtype=torch.uint8)
@@ -522,8 +522,8 @@ class LatentIndex:
                     raise ValueError("it has no index in it")
                 about = json.loads(metadata["index"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if about["version"] != VERSION:
-                raise ValueError(f"it is of version {about['version']}, this vaelib reads {VERSION}")
+            if about["version"] != INDEX_VERSION:
+                raise ValueError(f"it is of version {about['version']}, this vaelib reads {INDEX_VERSION}")
             if model is None:
                 model = build(about["config"]).eval()
                 weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}

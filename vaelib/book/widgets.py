@@ -150,7 +150,7 @@ def retrieval_browser(
         classes: the names of the labels; without them their numbers.
     """
     queries, gallery = pixels_of(queries), pixels_of(gallery)
-    shape = check_channels("queries", check_pixels("queries", queries).shape[1:])
+    shape = check_grey_or_colour("queries", check_pixels("queries", queries).shape[1:])
     queries, gallery = queries.cpu(), check_pixels("gallery", gallery, shape).cpu()
     if not isinstance(neighbours, Mapping) or not neighbours:
         raise ValueError(f"neighbours: got {describe(neighbours)}, expected a dict from a distance's name to indices (Q, k)")
@@ -234,7 +234,7 @@ def page_decoder(model: VAE) -> dict[str, Any]:
     if type(decoder) is not MLPDecoder or not isinstance(likelihood, Bernoulli):
         got = f"decoder {type(decoder).__name__} and likelihood {type(likelihood).__name__}"
         raise ValueError(f"model: got {got}, expected MLPDecoder and Bernoulli: the page computes that mean itself")
-    shape = check_channels("model", model.image_shape)
+    shape = check_grey_or_colour("model", model.image_shape)
     activation = next((layer for layer in decoder.hidden if not isinstance(layer, nn.Linear)), nn.ReLU())
     layers, h = [], torch.randn(1000, model.latent_dim, generator=torch.Generator().manual_seed(0), device="cpu")  # from the prior
     for layer in (*decoder.hidden[::2], decoder.head):
@@ -272,7 +272,7 @@ def pixels_of(images: ImageSet | Tensor) -> Tensor:
     return images.pixels if isinstance(images, ImageSet) else images
 
 
-def check_channels(argument: str, shape: Sequence[int]) -> Sequence[int]:
+def check_grey_or_colour(argument: str, shape: Sequence[int]) -> Sequence[int]:
     """`shape` (C, H, W) if its images are grey or of three colours."""
     if shape[0] not in (1, 3):
         raise ValueError(f"{argument}: got images of {shape[0]} channels, expected 1 or 3")

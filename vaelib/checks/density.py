@@ -32,7 +32,7 @@ Function = Callable[..., Any]
 STEP = 2 / 255  # between neighbours of 256 levels in [-1, 1]
 
 
-def scores(likelihood: Any, x: Tensor, params: Tensor) -> Tensor:
+def log_probs(likelihood: Any, x: Tensor, params: Tensor) -> Tensor:
     """likelihood.log_prob, which must be (N,)."""
     what = f"log_prob(x {tuple(x.shape)}, params {tuple(params.shape)})"
     log_prob = tensor_from(what, lambda *a: likelihood.log_prob(*a), x, params)
@@ -272,7 +272,7 @@ BERNOULLI_MISTAKES: Mistakes = {
 }
 
 
-def check_normalized(table: Tensor, levels: Tensor, bce: Tensor | None) -> None:
+def check_sums_to_one(table: Tensor, levels: Tensor, bce: Tensor | None) -> None:
     """Fails unless each row, the log-probabilities of all levels at some params, sums to 1, and rows favour low and high levels.
 
     `bce` is minus the binary cross entropy at the same params, where there is one param.
@@ -311,20 +311,20 @@ def check_images(likelihood: Any, values: Tensor, width: int) -> None:
     The params of C channels are C first params, then C second ones.
     """
     x, params = values[torch.randint(len(values), (3, 1, 2, 3))], torch.randn(3, width, 2, 3)
-    whole = scores(likelihood, x, params)
+    whole = log_probs(likelihood, x, params)
     pixels = (value.permute(0, 2, 3, 1).reshape(18, -1, 1, 1) for value in (x, params))
-    check_sum("pixels", whole, scores(likelihood, *pixels).view(3, 6).sum(1), 6)
+    check_sum("pixels", whole, log_probs(likelihood, *pixels).view(3, 6).sum(1), 6)
     if getattr(likelihood, "params_per_value", 1) is None or width > 2:
         return
     x, params = values[torch.randint(len(values), (2, 3, 2, 2))], torch.randn(2, width, 3, 2, 2)
-    whole = scores(likelihood, x, params.flatten(1, 2))
-    apart = torch.stack([scores(likelihood, x[:, c : c + 1], params[:, :, c]) for c in range(3)]).sum(0)
+    whole = log_probs(likelihood, x, params.flatten(1, 2))
+    apart = torch.stack([log_probs(likelihood, x[:, c : c + 1], params[:, :, c]) for c in range(3)]).sum(0)
     if width == 2 and not same(whole, apart):
         layouts = [("interleaved", interleaved), ("first-channels", first_two)]
         layouts += [("one-scale", partial(one_scale, place=place)) for place in (0, -1)]
         for name, layout in layouts:
             parts = zip(*(part.expand(-1, 3, -1, -1).unbind(1) for part in layout(params.flatten(1, 2))), x.unbind(1), strict=True)
-            if same(whole, sum(scores(likelihood, pixel[:, None], torch.stack([m, s], 1)) for m, s, pixel in parts)):  # type: ignore[arg-type]
+            if same(whole, sum(log_probs(likelihood, pixel[:, None], torch.stack([m, s], 1)) for m, s, pixel in parts)):  # type: ignore[arg-type]
                 fail(f"log_prob of images with three channels: {LOGISTIC_MISTAKES[name][0]}", name)
     check_sum("channels", whole, apart, 3)
 
@@ -359,7 +359,7 @@ def check_known(likelihood: Any, levels: Tensor, width: int, low: float, high: f
         params[:, 1] = (2 * params[:, 1]).clamp(-5, 5)
     params = params.repeat_interleave(len(levels), 0)[:, :, None, None]
     x = levels.repeat(220).view(-1, 1, 1, 1)
-    found = scores(likelihood, x, params).detach()
+    found = log_probs(likelihood, x, params).detach()
     rights = RIGHT_LOGISTICS if logistic else [bernoulli]
     tables = LOGISTIC_MISTAKES if logistic else BERNOULLI_MISTAKES
 
@@ -386,7 +386,7 @@ def check_known(likelihood: Any, levels: Tensor, width: int, low: float, high: f
         far = torch.tensor([[-200.0], [-30.0], [-16.0], [16.0], [30.0], [200.0]])
     params = far.repeat_interleave(len(levels), 0)[:, :, None, None]
     x = levels.repeat(len(far)).view(-1, 1, 1, 1)
-    found = scores(likelihood, x, params).detach()
+    found = log_probs(likelihood, x, params).detach()
     accepted = rights if logistic else [*rights, *(bernoulli_with(pixels=pixels) for pixels in FLOORED_BY_TORCH)]
     if any(close(found, right(x, params)) for right in accepted):
         return
@@ -413,7 +413,7 @@ def check_floor(table: Tensor) -> None:
 def check_scale_reaches_low(likelihood: Any, levels: Tensor) -> None:
     """Fails where two log-scales far above the usual limit of -7 give the same log-probabilities."""
     small, smaller = (
-        scores(likelihood, levels.view(-1, 1, 1, 1), torch.tensor([0.0, s]).repeat(len(levels), 1)[:, :, None, None])
+        log_probs(likelihood, levels.view(-1, 1, 1, 1), torch.tensor([0.0, s]).repeat(len(levels), 1)[:, :, None, None])
         for s in (-3.5, -4.5)
     )
     if same(small, smaller):
@@ -528,14 +528,14 @@ def check_gaussian_scale(found: Tensor, first: Tensor, second: Tensor) -> None:
 def check_slope(likelihood: Any, x: Tensor, params: Tensor) -> None:
     """Fails unless log_prob has a gradient for params, and it is the slope."""
     params = params.detach().requires_grad_()
-    log_prob = scores(likelihood, x, params)
+    log_prob = log_probs(likelihood, x, params)
     if not log_prob.requires_grad:
         fail("log_prob has no gradient for params: detach, item, numpy or no_grad cuts it off", "detached")
     (gradient,) = gradients_of("log_prob", log_prob.sum(), [params])
     if gradient is None or not gradient.any():
         fail("log_prob has no gradient for params: something cuts it off", "detached")
     step = 0.01 * (2.0 * torch.randint_like(gradient, 2) - 1)
-    change = scores(likelihood, x, (params + step).detach()) - scores(likelihood, x, (params - step).detach())
+    change = log_probs(likelihood, x, (params + step).detach()) - log_probs(likelihood, x, (params - step).detach())
     error = (change - 2 * (gradient * step).flatten(1).sum(1)).abs()
     if error.median() > 0.05 * change.abs().median() + 2e-6 * log_prob.detach().abs().median():  # the digits that float32 has
         fail("the gradient of log_prob for params is not its slope: something is detached", "detached")
@@ -565,15 +565,15 @@ def check_likelihood(likelihood: Any) -> str:
     ordinary, extreme = spread * torch.randn(300, width), 30 * (2.0 * torch.randint(2, (300, width)) - 1)
     for name, params in (("ordinary params", ordinary), ("params of +-30", extreme)):
         x, params = levels.repeat(300).view(-1, 1, 1, 1), params.repeat_interleave(values, 0)[:, :, None, None].requires_grad_()
-        log_prob = scores(likelihood, x, params)
+        log_prob = log_probs(likelihood, x, params)
         table = log_prob.detach().view(300, values)
         if name == "ordinary params":
-            check_normalized(table, levels, bernoulli(x, params.detach()).view(300, values) if width == 1 else None)
+            check_sums_to_one(table, levels, bernoulli(x, params.detach()).view(300, values) if width == 1 else None)
             check_slope(likelihood, x, params)
             check_floor(table)
             if width == 2 and values == 256:
                 moved = [
-                    scores(likelihood, x, params.detach() + torch.tensor(d).view(1, 2, 1, 1)) for d in ((0.3, 0.0), (0.0, 0.3))
+                    log_probs(likelihood, x, params.detach() + torch.tensor(d).view(1, 2, 1, 1)) for d in ((0.3, 0.0), (0.0, 0.3))
                 ]
                 check_roles(table, levels, params, *(t.detach().view(300, values) for t in moved))
                 check_scale_reaches_low(likelihood, levels)

@@ -42,7 +42,7 @@ def search_with(**switches: Any) -> partial[Tensor]:
     return partial(search_recipe, **switches)
 
 
-def apart(q: Tensor, x: Tensor) -> Tensor:
+def differences(q: Tensor, x: Tensor) -> Tensor:
     return q[:, None] - x[None]
 
 
@@ -64,11 +64,20 @@ RETRIEVAL_MISTAKES: Mistakes = {  # q: query_codes, x: database_codes
         search_with(distance=lambda q, x: -F.cosine_similarity(q[:, None], x[None], dim=2)),
     ),
     "dot": ("the squared norms are forgotten: this ranks by the inner product", search_with(distance=lambda q, x: -(q @ x.T))),
-    "manhattan": ("this ranks by the sum of absolute differences", search_with(distance=lambda q, x: apart(q, x).abs().sum(2))),
-    "largest-difference": ("this ranks by the largest difference", search_with(distance=lambda q, x: apart(q, x).abs().amax(2))),
+    "manhattan": (
+        "this ranks by the sum of absolute differences",
+        search_with(distance=lambda q, x: differences(q, x).abs().sum(2)),
+    ),
+    "largest-difference": (
+        "this ranks by the largest difference",
+        search_with(distance=lambda q, x: differences(q, x).abs().amax(2)),
+    ),
     "signed": (
         "differences are added up with their signs: square them first",
-        *(search_with(distance=lambda q, x: apart(q, x).sum(2)), search_with(distance=lambda q, x: apart(q, x).sum(2).abs())),
+        *(
+            search_with(distance=lambda q, x: differences(q, x).sum(2)),
+            search_with(distance=lambda q, x: differences(q, x).sum(2).abs()),
+        ),
     ),
     "cross-term": (
         "the square |q - x|^2 = |q|^2 - 2 q x + |x|^2 has a wrong term",
@@ -79,7 +88,7 @@ RETRIEVAL_MISTAKES: Mistakes = {  # q: query_codes, x: database_codes
     ),
     "one-unit": (
         "the codes are compared in one unit only; the sum runs over all of them",
-        *(search_with(distance=lambda q, x, unit=unit: apart(q, x)[..., unit].abs()) for unit in (0, -1)),
+        *(search_with(distance=lambda q, x, unit=unit: differences(q, x)[..., unit].abs()) for unit in (0, -1)),
     ),
     "one-query": ("all rows are those of the first query", search_with(output=lambda distances, found: found[:1].expand_as(found))),
     "standardized": (
