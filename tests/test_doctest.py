@@ -10,7 +10,9 @@ import torch
 
 import vaelib
 
-MODULES = sorted(path.stem for path in Path(vaelib.__file__).parent.glob("*.py") if not path.stem.startswith("__"))
+FOLDER = Path(vaelib.__file__).parent
+PATHS = {".".join(path.relative_to(FOLDER).with_suffix("").parts): path for path in sorted(FOLDER.rglob("*.py"))}
+MODULES = [name for name in PATHS if "__" not in name]
 MOST_USED = [
     *("load_images", "mlp_vae", "conv_vae", "TrainConfig", "fit", "evaluate", "generate", "reconstruct", "LatentIndex"),
     *("gaussian_kl", "save", "load"),
@@ -24,7 +26,7 @@ def examples_in(module):
 
 def with_example():
     """The modules whose source has an example somewhere: the others are not searched."""
-    return [module for module in MODULES if ">>> " in (Path(vaelib.__file__).parent / f"{module}.py").read_text()]
+    return [module for module in MODULES if ">>> " in PATHS[module].read_text()]
 
 
 @pytest.mark.parametrize("module", with_example())

@@ -32,7 +32,7 @@ def pages():
 def functions():
     """Label -> the functions and classes of vaelib whose docstrings name it."""
     found = {}
-    for path in sorted((ROOT / "vaelib").glob("*.py")):
+    for path in sorted((ROOT / "vaelib").rglob("*.py")):
         tree = ast.parse(path.read_text())
         nodes = [(node, "") for node in tree.body]
         nodes += [(child, f"{node.name}.") for node in tree.body if isinstance(node, ast.ClassDef) for child in node.body]

@@ -168,7 +168,8 @@ def check():
     listed = [chapter["file"] for part in contents["parts"] if part.get("numbered") for chapter in part["chapters"]]
     if listed != list(CHAPTERS):
         raise SystemExit(f"CHAPTERS: got {', '.join(CHAPTERS)}, expected those of book/_toc.yml: {', '.join(listed)}")
-    missing = [name for step in STEPS for name in step[2] if not importlib.util.find_spec(f"vaelib.{name}")]
+    rooms = ("vaelib", "vaelib.book")
+    missing = [name for step in STEPS for name in step[2] if not any(importlib.util.find_spec(f"{room}.{name}") for room in rooms)]
     if missing:
         raise SystemExit(f"STEPS: got {', '.join(missing)}, expected modules of vaelib")
 

@@ -5,6 +5,7 @@ of the mistake on every input, and the inputs are such that no two mistakes look
 the verdict; a check itself raises nothing but for wrong arguments of its own.
 """
 
+from vaelib.checks.densities import check_posterior, check_prior
 from vaelib.checks.density import BERNOULLI_MISTAKES, LOGISTIC_MISTAKES, check_likelihood
 from vaelib.checks.networks import check_encoder_decoder
 from vaelib.checks.search import RETRIEVAL_MISTAKES, check_retrieval
@@ -24,5 +25,5 @@ from vaelib.checks.verdicts import Verdict
 __all__ = [
     "BERNOULLI_MISTAKES", "ELBO_MISTAKES", "IWAE_MISTAKES", "KL_MISTAKES", "LOGISTIC_MISTAKES", "REPARAMETERIZE_MISTAKES",
     "RETRIEVAL_MISTAKES", "TRAINING_MISTAKES", "Verdict", "check_elbo", "check_encoder_decoder", "check_iwae", "check_kl",
-    "check_likelihood", "check_reparameterize", "check_retrieval", "check_training_step",
+    "check_likelihood", "check_posterior", "check_prior", "check_reparameterize", "check_retrieval", "check_training_step",
 ]  # fmt: skip
