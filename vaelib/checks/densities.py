@@ -55,7 +55,7 @@ def features(z: Tensor) -> Tensor:
     return torch.cat([phases.sin(), phases.cos()], 1)
 
 
-def check_density(what: str, draws: Tensor, log_prob: Callable[[Tensor], Tensor]) -> None:
+def check_draws(what: str, draws: Tensor, log_prob: Callable[[Tensor], Tensor]) -> None:
     """Fails unless `log_prob`, (M, L) -> (M,), integrates to 1 and is the density of `draws` (M, L)."""
     draws = draws.double()
     middle, spread = draws.mean(0), draws.std(0) + 1e-6
@@ -112,7 +112,7 @@ def check_prior(prior: Any, latent_dim: int) -> str:
     if not torch.equal(draws, drawn(DRAWS, 0)) or torch.equal(draws, drawn(DRAWS, 1)):
         fail("prior.sample: the same generator gives other codes, or another one the same: draw with the generator", "generator")
     check_log_prob("prior", prior, draws[:12].view(4, 3, latent_dim))
-    check_density("prior", draws, lambda z: tensor_from("prior.log_prob", prior.log_prob, z[:, None])[:, 0].detach())
+    check_draws("prior", draws, lambda z: tensor_from("prior.log_prob", prior.log_prob, z[:, None])[:, 0].detach())
     return "log_prob integrates to 1, and is the density of what sample draws"
 
 
@@ -146,6 +146,6 @@ def check_posterior(q: Any) -> str:
             together[:, image] = places
             return tensor_from("q.log_prob", q.log_prob, together)[:, image].detach()
 
-        check_density(f"q of image {image}", z[:, image], log_prob)
+        check_draws(f"q of image {image}", z[:, image], log_prob)
     attempt("q.sample", q.sample, eps[:1])
     return "log_prob integrates to 1 for each image, and is the density of what sample draws"
