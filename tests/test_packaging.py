@@ -1,6 +1,7 @@
 """The project's own files agree with each other, and importing the library is cheap."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -191,3 +192,11 @@ def test_a_name_of_the_library_means_one_thing():
         twice
     )  # types of annotations; the command that calls the function
     assert sorted(twice["evaluate"]) == ["cli", "evaluation"]
+
+
+def test_every_name_that_the_reference_lists_exists():
+    text = (ROOT / "book" / "api.md").read_text(encoding="utf-8")
+    listed = re.findall(r"automodule:: (\S+)\n +:members: (.+)", text)
+    assert len(listed) > 20
+    for module, names in listed:
+        assert [name for name in names.split(", ") if not hasattr(importlib.import_module(module), name)] == [], module
