@@ -137,7 +137,7 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
         if field.name in ("progress", "optimizer_options"):
             continue
         kind = bool if field.name == "compile" else (get_args(kinds[field.name]) or (kinds[field.name],))[0]
-        text, default = texts[field.name], field.default
+        text, default = texts.get(field.name, ""), field.default  # none under python -OO
         if type(None) in get_args(kinds[field.name]):
             nullable.append(field.name)
             text, default = f"{text} 0 is None.", kind(default or 0)
