@@ -157,7 +157,7 @@ class DatabaseSide(NamedTuple):
 def query_side(q: Posterior, distance: str) -> tuple[Tensor, Tensor]:
     """phi (B, D) and offset (B,): a distance (the square of a Euclidean one) is its score plus the offset, which ranks nothing.
 
-    The Bhattacharyya distance is no product: there phi and psi are the posteriors, as (mean, log_var).
+    The Bhattacharyya distance is no product: there phi and psi are the posteriors, as (mean, variance).
     """
     if distance == "euclidean":
         return -2 * q.mean.float(), q.mean.double().square().sum(1)
@@ -165,7 +165,7 @@ def query_side(q: Posterior, distance: str) -> tuple[Tensor, Tensor]:
         return -normalize(q.mean.float(), dim=1), torch.ones(len(q.mean), device=q.mean.device)
     mean, log_var = q.mean.double(), q.log_var.double()  # products of precisions are too wide for float32
     if distance == "bhattacharyya":
-        return torch.cat([mean, log_var], 1), torch.zeros(len(mean), device=mean.device)
+        return torch.cat([mean, log_var.exp()], 1), -log_var.sum(1) / 4 - mean.shape[1] * math.log(2) / 2
     precision = (-log_var).exp()
     phi = torch.cat([(log_var.exp() + mean**2) / 2, precision / 2, -mean, -mean * precision], 1)
     return phi, (mean**2 * precision).sum(1) / 2 - mean.shape[1]
@@ -185,6 +185,9 @@ def database_side(x: Posterior, distance: str) -> DatabaseSide:
         precision = (-log_var).exp()
         psi = torch.cat([precision, log_var.exp() + mean**2, mean * precision, mean], 1)
         bias = (mean**2 * precision).sum(1) / 2
+    elif distance == "bhattacharyya":
+        mean, log_var = psi.chunk(2, dim=1)
+        psi, bias = torch.cat([mean, log_var.exp()], 1), -log_var.sum(1) / 4
     norm, most = psi.norm(dim=1).max().item(), bias.max().item()
     if not math.isfinite(norm + most):
         raise ValueError("database: got NaN, infinity or a number too large, expected finite numbers")
@@ -194,8 +197,10 @@ def database_side(x: Posterior, distance: str) -> DatabaseSide:
 def scores(phi: Tensor, side: DatabaseSide, distance: str) -> Tensor:
     """The distances less the queries' offsets, up to rounding: (B, N)."""
     if distance == "bhattacharyya":
-        q, x = (Posterior(*part.chunk(2, 1)) for part in (phi, side.psi))
-        return distance_between(at(q, (slice(None), None)), x, distance)
+        (mean, variance), (x_mean, x_variance) = (part.chunk(2, 1) for part in (phi, side.psi))
+        both = variance[:, None] + x_variance  # (B, N, L)
+        squared = (mean[:, None] - x_mean).square_().div_(both).sum(2)
+        return squared / 4 + both.log_().sum(2) / 2 + side.bias  # log cosh((a - b) / 2) = log(e^a + e^b) - (a + b) / 2 - log 2
     return torch.addmm(side.bias, phi, side.psi.T)
 
 
