@@ -24,7 +24,7 @@ from vaelib.vae import VAE
 FILE = CHECKPOINT
 VERSION = 1
 # What may differ between a run and its continuation: where and how fast it runs, and what it shows, but not what it computes.
-FREE_ON_RESUME = ("device", "compile", "checkpoint_epochs", "checkpoint_minutes", "progress")
+FREE_ON_RESUME = ("device", "compile", "cuda_graph", "tf32", "checkpoint_epochs", "checkpoint_minutes", "progress")
 KINDS: dict[str, Any] = {
     "optimizer": dict, "averages": (list, type(None)), "best_weights": (dict, type(None)), "history": list,
     "step": int, "images": str, "elapsed": float, "best_elbo": float, "best_epoch": (int, type(None)),

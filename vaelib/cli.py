@@ -141,7 +141,8 @@ def config_options(command: Callable[..., None]) -> Callable[..., None]:
         if type(None) in get_args(kinds[field.name]):
             nullable.append(field.name)
             text, default = f"{text} 0 is None.", kind(default or 0)
-        option = typer.Option(f"--{field.name.replace('_', '-')}", help=text)  # its name alone: no --no-flip
+        name = field.name.replace("_", "-")
+        option = typer.Option(f"--{name}/--no-{name}" if default is True else f"--{name}", help=text)  # no --no-flip
         options.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
         )

@@ -1,4 +1,4 @@
-"""How to train: `TrainConfig`, and what it says of the optimizer, its learning rate and the weight of the KL term."""
+"""How to train: `TrainConfig`, what it says of optimizer, learning rate and weight of the KL term, and whether `fit` can start with it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from vaelib._validation import check_choice, check_flag, check_int, check_number, check_seed, describe, plain
+from vaelib.data import ImageSet
+from vaelib.heldout import evaluating, labels_for
+from vaelib.objectives import free_bits_kl
 from vaelib.vae import VAE
 
 # LBFGS wants a closure, SparseAdam sparse gradients: neither fits this loop.
@@ -56,6 +59,9 @@ class TrainConfig:
         flip: mirror each image with probability 1/2.
         precision: ``"float32"``, or ``"bf16"``: the networks under autocast; KL, likelihood and log-sum-exp stay in float32.
         compile: run the model through `torch.compile`; a string is its mode, such as ``"reduce-overhead"``, which records CUDA graphs.
+        cuda_graph: on CUDA record the whole step in a CUDA graph and replay it, wherever that can be done; a warning, and
+            `History.not_replayed`, say where it cannot.
+        tf32: let a GPU round the factors of products and convolutions to 11 bits: TF32, faster from Ampere on. False keeps all 24.
         channels_last: lay images and convolutions out with the channels innermost.
         seed: of the order of the images, the flips, the binarization and the draws of z. (Seed the weights with
             `torch.manual_seed`.)
@@ -89,6 +95,8 @@ class TrainConfig:
     flip: bool = False
     precision: str = "float32"
     compile: bool | str = False
+    cuda_graph: bool = True
+    tf32: bool = False
     channels_last: bool = False
     seed: int = 0
     device: str = "auto"
@@ -129,7 +137,7 @@ class TrainConfig:
             check_choice("compile", self.compile, COMPILE_MODES)
         elif not isinstance(self.compile, bool):
             raise ValueError(f"compile: got {describe(self.compile)}, expected True, False or a mode of torch.compile")
-        for name in ("flip", "channels_last", "progress"):
+        for name in ("flip", "cuda_graph", "tf32", "channels_last", "progress"):
             check_flag(name, getattr(self, name))
         if self.optimizer_options is not None and not isinstance(self.optimizer_options, dict):
             raise ValueError(f"optimizer_options: got {describe(self.optimizer_options)}, expected a dict")
@@ -192,3 +200,43 @@ def kl_weight(config: TrainConfig, steps_per_epoch: int) -> Callable[[int], floa
     """Step -> beta: from beta / (warm-up steps) at the first step, linearly, to beta."""
     warmup_steps = max(1.0, config.kl_warmup_epochs * steps_per_epoch)
     return lambda step: config.beta * min(1.0, (step + 1) / warmup_steps)
+
+
+def check_fit(model: VAE, images: ImageSet, valid: ImageSet | None, config: TrainConfig) -> None:
+    """ValueError unless `fit` can start with these."""
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config: got {describe(config)}, expected a TrainConfig")
+    if not isinstance(model, VAE):
+        raise ValueError(f"model: got {type(model).__name__}, expected a VAE")
+    if getattr(model, "labels", None) is not None:
+        expected = "expected the model itself; fit hands it the labels of the images"
+        raise ValueError(f"model: got a conditional VAE bound to labels, {expected}")
+    if not torch.is_grad_enabled():
+        raise ValueError("model: got it under torch.no_grad() or torch.inference_mode(), expected a call of fit outside of them")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        expected = "expected some with requires_grad; model.requires_grad_() thaws all"
+        raise ValueError(f"model: got weights that are all frozen, {expected}")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model: got one made under torch.inference_mode(), expected it to be made, or loaded, outside")
+    if dtypes := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+        raise ValueError(
+            f"model: got weights of {dtypes.pop()}, expected torch.float32; precision='bf16' is an argument of TrainConfig"
+        )
+    for name, these in (("images", images), ("valid", valid)):
+        if these is None:
+            continue
+        if these.image_shape != model.image_shape:
+            raise ValueError(f"{name}: got images of shape {these.image_shape}, expected {model.image_shape} as the model has")
+        labels_for(model, name, these)
+    if config.batch_size > len(images):
+        raise ValueError(f"batch_size: got {config.batch_size}, expected at most the {len(images)} images of the set")
+    if config.objective == "dreg" or config.free_bits:  # they ask for more than every q and prior has: tried before any work
+        labels, x = images[:1].known_labels, torch.zeros(1, *model.image_shape, device=model.device)
+        with evaluating(model):
+            drawn = model.given(labels).draw(x, 1, x.new_zeros(1, 1, model.latent_dim), validate=False)
+        if config.objective == "dreg":
+            drawn.gaussian("objective: got 'dreg' for")
+        else:
+            free_bits_kl(drawn.terms, config.free_bits)
+    if config.patience is not None and valid is None:
+        raise ValueError("patience: got a number, but there is no validation set to judge by; expected valid as well")
