@@ -27,6 +27,8 @@ from torch.utils._device import DeviceContext, _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import vaelib.graphs
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ON_GPU: dict[int, StorageWeakRef] = {}  # the storages that are; a weak reference keeps the address from being used again
 GENERATORS: dict[int, torch.Generator] = {}
@@ -187,6 +189,28 @@ def autocast(self, device_type, *args, **kwargs):
     ORIGINAL_AUTOCAST(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
 
+class Stand:
+    """A stream of CUDA's: here all work is done in the order in which it is asked for."""
+
+    def __init__(self, *_):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+class Recorded:
+    """A graph whose replay is another call of the function: what a recording must not do, reading numbers, `Watch` sees before."""
+
+    def __init__(self, function):
+        self.replay = function
+
+
+def record(replayed):
+    """`vaelib.graphs.Replayed.record`: nothing is computed yet."""
+    replayed.graph = Recorded(replayed.function)
+
+
 @contextlib.contextmanager
 def emulated_gpu():
     """Within it there is one "GPU", ``cuda:0``."""
@@ -214,6 +238,10 @@ def emulated_gpu():
         (torch.cuda, "manual_seed_all", lambda seed: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (torch.cuda, "_lazy_init", lambda: None),
+        (torch.cuda, "Stream", Stand),
+        (torch.cuda, "current_stream", Stand),
+        (torch.cuda, "stream", contextlib.nullcontext),
+        (vaelib.graphs.Replayed, "record", record),
     ]
     if hasattr(torch, "accelerator"):  # what the optimizers ask; an older torch asks `torch.cuda`
         patches.append((torch.accelerator, "current_stream", mock.Mock(**{"return_value.is_capturing.return_value": False})))

@@ -318,7 +318,8 @@ def test_fit_trains_on_the_gpu_and_leaves_the_model_there(gpu, digits, name):
 def test_every_kind_of_model_is_trained_scored_drawn_from_and_stored(gpu, digits, tmp_path, name):
     few = digits[:150]
     model = MODELS[name]()
-    vaelib.fit(model, few, few[:50], short())
+    history = vaelib.fit(model, few, few[:50], short(batch_size=30))  # five steps, of which two are replayed
+    assert history.not_replayed is None
     assert model.device == GPU
     scores = vaelib.evaluate(model, few[:20], 3, 1)
     assert scores.num_images == 20

@@ -125,7 +125,7 @@ class TrainStep:
         self.place.fill_(done)
         size = self.config.batch_size
         if self.resident:
-            self.order.copy_(torch.randperm(len(self.order), generator=epoch_order(self.config.seed, epoch)))
+            self.order.copy_(torch.randperm(len(self.order), generator=epoch_order(self.config.seed, epoch), device="cpu"))
             for start in range(done * size, len(self.order), size):
                 yield self.of_size(min(size, len(self.order) - start))
             return

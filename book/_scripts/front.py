@@ -35,7 +35,7 @@ STEPS = [  # the step, what it gives, its modules
     ("derivation", "a bound, derived", ("oracles",)),
     ("loss", "likelihood and rate", ("objectives", "likelihoods")),
     ("model", "encoder and decoder", ("networks", "vae")),
-    ("training", "a loop that resumes", ("data", "training")),
+    ("training", "a loop that resumes", ("data", "step", "training")),
     ("generation", "new images, scored", ("generation", "priors", "quality", "conditional")),
     ("retrieval", "search by codes", ("retrieval", "widgets")),
     ("judgement", "a number to compare", ("evaluation", "reproduce")),
@@ -49,7 +49,9 @@ CHAPTERS = {  # the chapter, its name on the map, its first and its last step
     "retrieval": ("Retrieval", 5, 5),
     "evaluation": ("Evaluation", 6, 6),
     "mistakes": ("Mistakes", 7, 7),
+    "on-a-gpu": ("On a GPU", 3, 3),
 }
+LANES = {"cifar-conv": 30, "on-a-gpu": 60}  # how far below the first bar of its row another stands
 # Colours are the page's, light and dark; alone, the file has the light ones.
 STYLE = """
 .route { font: 13px system-ui, sans-serif; fill: var(--pst-color-text-base, #222832); }
@@ -127,7 +129,7 @@ def station(x, y, width, height, step, lines, what_x, anchor):
 
 def wide_map():
     """Two rows of four steps, with bars for the chapters below."""
-    parts, step_x, box, low, rows = [], 188, 164, 98, (8, 202)
+    parts, step_x, box, low, rows = [], 188, 164, 98, (8, 232)
     for i, step in enumerate(STEPS):
         x, y = i % 4 * step_x, rows[i // 4]
         parts += station(x, y, box, low, step, textwrap.wrap(", ".join(step[2]), 20), x + 12, "start")
@@ -136,11 +138,11 @@ def wide_map():
             parts.append(f'<path class="way" d="M{x + box + 3} {middle}h12"/>')
             parts.append(f'<path class="head" d="M{x + box + 14} {middle - 5}l8 5l-8 5z"/>')
     right = 3 * step_x + box
-    parts.append(f'<path class="way" d="M{right + 2} {rows[0] + low // 2}h8q8 0 8 8v112q0 8 -8 8H{box // 2 + 8}q-8 0 -8 8v4"/>')
+    parts.append(f'<path class="way" d="M{right + 2} {rows[0] + low // 2}h8q8 0 8 8v142q0 8 -8 8H{box // 2 + 8}q-8 0 -8 8v4"/>')
     parts.append(f'<path class="head" d="M{box // 2 - 5} {rows[1] - 9}l5 8l5 -8z"/>')
     for file, (_, first, last) in CHAPTERS.items():
         row = first // 4
-        lane = rows[row] + low + 6 + (30 if file == "cifar-conv" else 0)
+        lane = rows[row] + low + 6 + LANES.get(file, 0)
         parts.append(link(file, first % 4 * step_x, lane, (last - first) * step_x + box))
     return svg("wide", right + 20, rows[1] + low + 40, parts)
 

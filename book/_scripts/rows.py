@@ -47,6 +47,12 @@ ROWS["hierarchical-small"] = (
     "--model hierarchical --flip --precision bf16 --channels-last --epochs 6 --batch-size 64 --learning-rate 1e-3 "
     f"--ema-decay 0.999 --likelihood {shlex.quote(MIXTURE)} --model-options {shlex.quote(SMALL)}"
 )
+# for a GPU: the map for longer, and the hierarchical VAE of `vaelib.hierarchical_vae` as it comes
+ROWS["spatial-mixture-30"] = f"{CONV} --epochs 30 --latent-dim 64x8x8 --likelihood {shlex.quote(MIXTURE)}"
+ROWS["hierarchical"] = (
+    "--model hierarchical --flip --precision bf16 --channels-last --epochs 8 --batch-size 256 --learning-rate 1e-3 "
+    f"--ema-decay 0.999 --likelihood {shlex.quote(MIXTURE)}"
+)
 # layouts of the latents, the same short training for each
 for layout in ("16", "128", "512", "4x4x4", "16x4x4", "4x8x8", "16x8x8", "64x8x8", "16x16x16"):
     ROWS[f"layout-{layout}"] = f"{CONV} --epochs 3 --latent-dim {layout}"
