@@ -11,10 +11,13 @@ CHAPTERS := $(shell sed -n '/numbered: true/,/caption:/s|.*file: \(.*\)|book/\1.
 CHAPTERS_STRICT := $(filter book/elbo.ipynb,$(CHAPTERS))
 CHAPTERS_LAX := $(filter-out $(CHAPTERS_STRICT),$(CHAPTERS))
 
+# How long `make gpu` may take.
+GPU_MINUTES ?= 12
+
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix assignment rows mnist-rows retrieval-rows features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix assignment rows mnist-rows retrieval-rows gpu features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +72,9 @@ mnist-rows: $(READY) ## the same for the MNIST tables, three trainings each
 
 retrieval-rows: $(READY) ## the same for the retrieval tables
 	$(BIN)/python book/_scripts/retrieval_rows.py
+
+gpu: $(READY) ## what waits for a GPU: tests, benchmark, missing rows, in GPU_MINUTES=12; goes on where it was cut
+	$(BIN)/python book/_scripts/gpu.py --minutes $(GPU_MINUTES)
 
 assignment: $(READY) ## write the students' notebook from its source
 	$(BIN)/python book/_scripts/assignment.py

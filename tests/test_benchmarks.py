@@ -1,6 +1,7 @@
 """The benchmarks still run with the library that they measure."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,3 +22,13 @@ def test_the_search_benchmark_runs_and_compares_like_with_like():
     for method in ("hnsw", "ivf_pq"):
         efforts = metrics["methods"][method]["efforts"].values()
         assert max(row["recall_at_10"] for row in efforts) > 0.9
+
+
+def test_the_training_benchmark_is_rehearsed_on_bundled_images_and_entered_under_the_name_that_it_is_given(tmp_path):
+    command = [sys.executable, "benchmarks/train_throughput.py", "mnist", "--rehearse", "--rounds", "1", "--device", "cpu"]
+    environment = os.environ | {"VAELIB_RESULTS": str(tmp_path), "VAELIB_DATA": str(tmp_path / "none")}
+    subprocess.run([*command, "--entry", "other"], cwd=ROOT, env=environment, capture_output=True, check=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+    entry = json.loads((tmp_path / "other.json").read_text())
+    assert "--entry other --rehearse" in entry["command"]
+    assert set(entry["metrics"]["mnist"]["images_per_second"]) == {"fit", "fit, bf16", "matrix products"}

@@ -124,6 +124,17 @@ def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
     assert (run_folder / "model.safetensors").read_bytes() == before
 
 
+def test_a_run_that_was_cut_off_between_its_last_step_and_its_record_gets_the_record(run_folder, tmp_path, vaelib_command):
+    out = tmp_path / "again"
+    shutil.copytree(run_folder, out)
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"metrics": record["metrics"] | {"stopped": "interrupted", "epochs": 0}}))
+    done = vaelib_command("train", *QUICK, "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((out / "run.json").read_text())["metrics"]
+    assert (found["stopped"], found["epochs"], found["steps"]) == ("finished", record["metrics"]["epochs"], 0)
+
+
 @pytest.mark.parametrize(("arguments", "message"), [
     (("train", "--data", "minst", "--out", "{tmp}/x"), "data: got 'minst', expected one of"),
     (("train", "--data", "digits", "--latent-dim", "0", "--out", "{tmp}/x"), "latent_dim: got int 0"),

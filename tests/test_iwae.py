@@ -302,6 +302,18 @@ def test_the_paper_s_budget_is_the_paper_s_recipe():
     assert all(set(other.epochs) == {1, 5, 50} and other.num_samples == 5000 for other in BUDGETS.values())
 
 
+def test_the_budget_of_a_gpu_trains_a_row_in_eight_minutes_by_the_rates_that_were_measured():
+    budget = BUDGETS["gpu"]
+    assert budget.learning_rate == pytest.approx(1e-3 * math.sqrt(budget.batch_size / 20), rel=0.02)
+    # ms of a step of 20 images with k draws each, from the line through two numbers of draws; its slope, ms a draw
+    measured = {(1, 1): 0.326, (1, 5): 0.396, (1, 50): 0.500, (2, 1): 0.619, (2, 50): 0.816}
+    slopes = {1: (0.500 - 0.396) / (20 * 45), 2: (0.816 - 0.619) / (20 * 49)}
+    for layers, slope in slopes.items():
+        for k, epochs in budget.epochs.items():
+            step = measured.get((layers, k), measured[layers, 1] + slope * 20 * (k - 1)) + slope * k * (budget.batch_size - 20)
+            assert epochs * math.ceil(60_000 / budget.batch_size) * step / 1000 < 8 * 60, (layers, k)
+
+
 def test_the_command_adds_its_row_to_the_ledger(monkeypatch, tmp_path):
     monkeypatch.setitem(BUDGETS, "minutes", SMALL)
     ledger = tmp_path / "rows.json"
@@ -325,7 +337,7 @@ def test_the_command_adds_its_row_to_the_ledger(monkeypatch, tmp_path):
         (["vampprior"], "table: got 'vampprior', expected one of 'iwae'"),
         (["iwae", "-k", "7"], "k: got 7, expected one of 1, 5, 50"),
         (["iwae", "--layers", "3"], "layers: got 3, expected one of 1, 2"),
-        (["iwae", "--budget", "year"], "budget: got 'year', expected one of 'hour', 'minutes', 'paper'"),
+        (["iwae", "--budget", "year"], "budget: got 'year', expected one of 'gpu', 'hour', 'minutes', 'paper'"),
         (["iwae", "--objective", "gan"], "objective: got 'gan', expected one of 'iwae', 'vae'"),
     ],
 )

@@ -240,8 +240,9 @@ def train(
         leave()
         if not group.leads:
             return
-        if history.steps == 0 and (out / RUN).exists():  # the run was finished before: its record stands
-            show(metrics_of(out / RUN), as_json)
+        before = metrics_of(out / RUN) if history.steps == 0 and (out / RUN).exists() else None
+        if before is not None and before.get("stopped") != "interrupted":  # the run was finished before: its record stands
+            show(before, as_json)
             return
         save(vae, out)
         # the epoch whose weights are saved: the best one where an early stop put it back; none where Ctrl-C came amid one
