@@ -156,6 +156,14 @@ def test_resume_goes_on_amid_an_epoch_and_takes_no_step_twice(tmp_path, monkeypa
     assert list(again) == list(history)  # nothing is left to do
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_history_that_is_not_of_a_run_is_not_written_over(tmp_path, resume):
+    (tmp_path / "history.jsonl").write_text("mine")
+    with pytest.raises(ValueError, match="folder: .* already holds a history.jsonl, and no checkpoint"):
+        fit(new_model(), new_sets()[0], None, TrainConfig(**CONFIG), folder=tmp_path, resume=resume)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("history.jsonl", "mine")]
+
+
 def test_resume_starts_where_there_is_no_checkpoint_and_without_it_an_old_one_is_not_overwritten(tmp_path):
     images, _ = new_sets()
     config = TrainConfig(epochs=1, progress=False, device="cpu")
@@ -348,7 +356,7 @@ def test_checkpoints_come_after_the_epochs_and_minutes_asked_for(tmp_path, monke
         if changes["checkpoint_minutes"]:
             clock = iter(start + 30.0 * i for i in range(10**6))  # each look at the clock finds it half a minute later
             monkeypatch.setattr("vaelib.training.time.perf_counter", lambda clock=clock: next(clock))
-        fit(new_model(), images, None, TrainConfig(**CONFIG | changes), folder=tmp_path)
+        fit(new_model(), images, None, TrainConfig(**CONFIG | changes), folder=tmp_path / str(changes["checkpoint_epochs"]))
     assert written[:3] == [0, 4 * 13, 6 * 13]
     assert len(written[3:]) > 30
 

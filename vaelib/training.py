@@ -418,7 +418,7 @@ def fit(
 
 
 def check_folder(folder: str | Path | None, resume: bool, tensorboard: bool) -> Path | None:
-    """The folder as a path; ValueError where it has a checkpoint that nobody asked to go on from, or is asked for and not given."""
+    """The folder as a path; ValueError where it has files that nobody asked to go on from, or is asked for and not given."""
     if folder is None:
         if resume or tensorboard:
             raise ValueError(f"folder: got None, expected a folder to {'resume from' if resume else 'write TensorBoard logs to'}")
@@ -426,4 +426,6 @@ def check_folder(folder: str | Path | None, resume: bool, tensorboard: bool) -> 
     folder = as_path(folder)
     if (folder / FILE).exists() and not resume:
         raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
+    if (folder / HISTORY).exists() and not (folder / FILE).exists():
+        raise ValueError(f"folder: {folder} already holds a {HISTORY}, and no checkpoint to go on from; expected another folder")
     return folder
