@@ -37,6 +37,7 @@ INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_
 ORIGINAL_DEVICE, ORIGINAL_TO, ORIGINAL_NUMPY, ORIGINAL_DEEPCOPY = Tensor.device, Tensor.to, Tensor.numpy, Tensor.__deepcopy__
 ORIGINAL_GENERATOR, ORIGINAL_TENSOR, ORIGINAL_AS_TENSOR = torch.Generator, torch.tensor, torch.as_tensor
 ORIGINAL_AUTOCAST, ORIGINAL_GROUPED = torch.autocast.__init__, torch._C._group_tensors_by_device_and_dtype
+MEMORY = ("memory_allocated", "max_memory_allocated", "memory_reserved", "reset_peak_memory_stats")
 
 
 def on_gpu(value: Tensor) -> bool:
@@ -242,6 +243,8 @@ def emulated_gpu():
         (torch.cuda, "current_stream", Stand),
         (torch.cuda, "stream", contextlib.nullcontext),
         (vaelib.graphs.Replayed, "record", record),
+        (torch.cuda, "mem_get_info", lambda device=None: (2**34, 2**34)),
+        *((torch.cuda, name, lambda device=None: 0) for name in MEMORY),
     ]
     if hasattr(torch, "accelerator"):  # what the optimizers ask; an older torch asks `torch.cuda`
         patches.append((torch.accelerator, "current_stream", mock.Mock(**{"return_value.is_capturing.return_value": False})))

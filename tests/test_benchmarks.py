@@ -32,3 +32,12 @@ def test_the_training_benchmark_is_rehearsed_on_bundled_images_and_entered_under
     entry = json.loads((tmp_path / "other.json").read_text())
     assert "--entry other --rehearse" in entry["command"]
     assert set(entry["metrics"]["mnist"]["images_per_second"]) == {"fit", "fit, bf16", "matrix products"}
+
+
+def test_a_step_of_the_hierarchical_model_passes_over_memory_no_more_often_than_it_need():
+    options = {"levels": [[2, 1], [2, 3]], "width": 128, "bottleneck": 4, "blocks": 1, "likelihood": "discretized_logistic"}
+    command = [sys.executable, "benchmarks/memory_passes.py", "--batch", "1", "--model-options", json.dumps(options)]
+    report = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    found = report["megabytes_per_image"]
+    assert found == pytest.approx(sum(report["forward"].values()) + sum(report["backward"].values()))
+    assert 80 < found < 110  # 152 before the branches of a group shared their activation and its sums were one convolution

@@ -813,3 +813,15 @@ def test_minus_grey_bce_minus_the_rate_bounds_the_expected_log_probability_of_th
         bound = torch.trapezoid(q.log_prob(z).exp() * minus_bce, z) - rate
         assert bound < expected
     assert expected - torch.trapezoid(prior.exp() * minus_bce, z) < 2  # at q = p(z): a bound that says something
+
+
+def test_a_mixture_scores_params_of_either_layout_alike_to_the_last_digit(generator):
+    likelihood = DiscretizedLogisticMixture(3)
+    x = likelihood.observe(torch.randint(0, 256, (4, 3, 8, 8), generator=generator, dtype=torch.uint8))
+    plain = torch.randn(4, 30, 8, 8, generator=generator).requires_grad_()
+    inner = plain.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+    scores = [likelihood.log_prob(x, params) for params in (plain, inner)]
+    assert torch.equal(*scores)
+    for score in scores:
+        score.sum().backward()
+    assert torch.equal(plain.grad, inner.grad)

@@ -228,6 +228,23 @@ def test_the_log_variances_stay_where_the_kl_is_finite():
         assert (group.posterior(h, h)[1] == sign * 10).all()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_two_branches_of_a_group_and_its_sums_are_those_of_their_plain_forms(layout, generator):
+    """They share the activated state, and two 1x1 convolutions are added by one."""
+    model = hierarchical_vae((3, 8, 8), **SMALL).to(memory_format=layout)
+    stirred(model)
+    group, act = model.decoder.groups[-1], torch.nn.functional.silu
+    h, features = (torch.randn(4, 8, 8, 8, generator=generator).contiguous(memory_format=layout) for _ in range(2))
+    z = torch.randn(4, 2 * 8 * 8, generator=generator)
+    mean, log_var, rest = group.prior(act(h))
+    expected_mean, expected_log_var, change = group.prior_branch(h).split((2, 2, 8), dim=1)
+    torch.testing.assert_close(mean, expected_mean.flatten(1))
+    torch.testing.assert_close(log_var, expected_log_var.flatten(1))
+    torch.testing.assert_close(group(h, rest, z), group.block(h + change + group.enter(z.view(4, 2, 8, 8))))
+    expected = group.posterior_branch(torch.cat([h, features], dim=1)).flatten(1).chunk(2, dim=1)
+    torch.testing.assert_close(group.posterior(act(h), act(features)), expected)
+
+
 # --- the bounds
 
 

@@ -14,13 +14,14 @@ from vaelib import noise
 from vaelib._validation import check_int, check_number, plain
 from vaelib.data import ImageSet
 from vaelib.densities import Posterior, kl_divergence
-from vaelib.heldout import evaluating, heldout_elbo, latent_noise, over_images
+from vaelib.heldout import AtLeast, evaluating, exact, heldout_elbo, latent_noise, over_images
 from vaelib.likelihoods import bits_per_dim
 from vaelib.objectives import gaussian_log_density
 from vaelib.vae import VAE
 
 REFINE, ANNEAL, ACCEPT = 3, 4, 5  # streams of noise beside those of `vaelib.noise`: draws for the ascent, z and momenta, acceptance
 FEW_DRAWS = 10  # an estimate on which fewer draws count is not to be relied on
+TWENTY, HUNDRED = AtLeast(20), AtLeast(100)  # images to a chunk, so few that a CPU's cache holds what is made of their codes
 PILOTS = 4  # chains of annealed importance sampling that set the step sizes and do not count
 
 
@@ -111,7 +112,7 @@ def evaluate(
 
 
 def log_likelihood(
-    model: VAE, images: ImageSet | Tensor, num_samples: int = 5000, batch_size: int = 20, sample_batch: int = 100, seed: int = 0
+    model: VAE, images: ImageSet | Tensor, num_samples: int = 5000, batch_size: int = TWENTY, sample_batch: int = 100, seed: int = 0
 ) -> Tensor:
     """Importance-weighted estimate of log p(x) of each image: (N,), nats, on the CPU. eq. importance-weighted-bound
 
@@ -136,7 +137,7 @@ class ImportanceWeightedEstimate(NamedTuple):
 
 
 def importance_weighted_estimate(
-    model: VAE, images: ImageSet | Tensor, num_samples: int = 5000, batch_size: int = 20, sample_batch: int = 100, seed: int = 0
+    model: VAE, images: ImageSet | Tensor, num_samples: int = 5000, batch_size: int = TWENTY, sample_batch: int = 100, seed: int = 0
 ) -> ImportanceWeightedEstimate:
     """log p(x) of each image by importance sampling, and the effective sample size of its draws, in one pass.
 
@@ -144,7 +145,8 @@ def importance_weighted_estimate(
     proof: codes that q never draws are missing from it too. eq. importance-weighted-bound, eq. effective-sample-size
 
     Memory is bounded: batch_size * sample_batch codes are decoded at once; on a CPU, few enough to stay in its cache are several
-    times as fast. The result depends on neither number, nor on the order of the images. Burda, Grosse and Salakhutdinov 2016.
+    times as fast, and on CUDA chunks grow to what memory holds unless `batch_size` is given. The result depends on neither number, nor
+    on the order of the images. Burda, Grosse and Salakhutdinov 2016.
 
     Raises:
         ValueError: If the model's score is no likelihood.
@@ -153,11 +155,11 @@ def importance_weighted_estimate(
     check_normalized(model)
 
     def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        total = squares = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")  # of w and w^2; MPS has no float64
+        total = squares = torch.full_like(exact(x[:, 0, 0, 0]), -math.inf)  # of w and w^2
         for start in range(0, num_samples, sample_batch):
             count = min(sample_batch, num_samples - start)
             eps = latent_noise(keys, count, model.latent_dim, start)
-            log_weights = model.log_weights(x, count, eps, validate=False).cpu().double()  # (K, N)
+            log_weights = exact(model.log_weights(x, count, eps, validate=False))  # (K, N)
             total = torch.logaddexp(total, torch.logsumexp(log_weights, 0))
             squares = torch.logaddexp(squares, torch.logsumexp(2 * log_weights, 0))
         return (total - math.log(num_samples)).float(), (2 * total - squares).exp().float()
@@ -176,7 +178,7 @@ def annealed_log_likelihood(
     images: ImageSet | Tensor,
     num_steps: int = 1000,
     num_chains: int = 16,
-    batch_size: int = 100,
+    batch_size: int = HUNDRED,
     leapfrog_steps: int = 10,
     seed: int = 0,
 ) -> Tensor:
@@ -191,7 +193,7 @@ def annealed_log_likelihood(
     Args:
         num_steps: steps from t = 0 to 1.
         num_chains: chains per image; (num_chains + PILOTS) * batch_size codes are decoded at once.
-        batch_size: images per chunk.
+        batch_size: images per chunk; on CUDA chunks grow to what memory holds unless it is given.
         leapfrog_steps: gradients in each transition.
 
     Raises:
@@ -211,7 +213,10 @@ def annealed_log_likelihood(
 
 
 def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chains: int, leapfrog_steps: int) -> Tensor:
-    """The log-weight of each chain, float64 (num_chains, N), on the CPU. Chains move in u: the noise that z is made of, or z itself."""
+    """The log-weight of each chain, float64 (num_chains, N). Chains move in u: the noise that z is made of, or z itself.
+
+    No step reads anything back from the device.
+    """
     chains, dim, prior = PILOTS + num_chains, model.latent_dim, model.prior
     from_noise = getattr(prior, "from_noise", None)
 
@@ -248,12 +253,12 @@ def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chai
         u = normal(0)
     else:  # each image has a generator of its own
         own = (torch.Generator().manual_seed(key) for key in keys.tolist())
-        u = torch.stack([prior.sample(chains, generator=generator).to(x) for generator in own], dim=1)
+        u = torch.stack([prior.sample(chains, generator=generator) for generator in own], dim=1).to(x)
     value, gradient = score(u)
     step_size = torch.full_like(x[:, :1, 0, 0], 0.5)  # (N, 1)
-    log_weights = torch.zeros(num_chains, len(x), dtype=torch.float64, device="cpu")  # on the CPU: MPS has no float64
+    log_weights = exact(x.new_zeros(num_chains, len(x)))
     for step, (before, t) in enumerate(pairwise(schedule)):
-        log_weights += (t - before) * value[PILOTS:].cpu().double()
+        log_weights += (t - before) * exact(value[PILOTS:])
         new, new_value, new_gradient, momentum = u, value, gradient, normal(step + 1)
         energy = energy_of(u, momentum) - t * value
         for _ in range(leapfrog_steps):
@@ -354,7 +359,7 @@ def inference_gaps(
     num_samples: int = 1000,
     steps: int = 300,
     learning_rate: float = 0.1,
-    batch_size: int = 100,
+    batch_size: int = HUNDRED,
     sample_batch: int = 100,
     seed: int = 0,
 ) -> InferenceGaps:
@@ -367,7 +372,8 @@ def inference_gaps(
     Args:
         num_samples: draws per image from each q.
         steps, learning_rate: of `refine_posterior`.
-        batch_size: images per chunk; batch_size * sample_batch codes are decoded at once. The result depends on neither number.
+        batch_size: images per chunk; batch_size * sample_batch codes are decoded at once. The result depends on neither number. On CUDA
+            chunks grow to what memory holds unless it is given.
 
     Raises:
         ValueError: If the model's score is no likelihood, or its q is not one diagonal Gaussian for each image.
@@ -376,18 +382,18 @@ def inference_gaps(
     check_normalized(model)
 
     def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor, ...]:
-        proposals = (model.encode(x), refine_posterior(model, x, steps, learning_rate, seed=seed, validate=False))
-        elbos = [torch.zeros(len(x), dtype=torch.float64, device="cpu") for _ in proposals]
-        total = torch.full((len(x),), -math.inf, dtype=torch.float64, device="cpu")
+        proposals = (model.encode(x, validate=False), refine_posterior(model, x, steps, learning_rate, seed=seed, validate=False))
+        elbos = [exact(x.new_zeros(len(x))) for _ in proposals]
+        total = torch.full_like(elbos[0], -math.inf)
         for start in range(0, num_samples, sample_batch):
             eps = latent_noise(keys, min(sample_batch, num_samples - start), model.latent_dim, start).to(x)  # (K, N, L)
             for side, q in enumerate(proposals):
                 z = q.sample(eps)
-                log_likelihood, kl = model.log_likelihood(x, z), mean_kl(q, model.prior, z).cpu().double()
-                elbos[side] += log_likelihood.cpu().double().sum(0) / num_samples - kl * (len(eps) / num_samples)
+                log_likelihood, kl = model.log_likelihood(x, z), exact(mean_kl(q, model.prior, z))
+                elbos[side] += exact(log_likelihood).sum(0) / num_samples - kl * (len(eps) / num_samples)
                 mixture = torch.logaddexp(*(proposal.log_prob(z) for proposal in proposals))  # twice the mixture's density
                 log_weights = log_likelihood + model.prior.log_prob(z) - mixture
-                total = torch.logaddexp(total, torch.logsumexp(log_weights, 0).cpu().double())
+                total = torch.logaddexp(total, exact(torch.logsumexp(log_weights, 0)))
         # K draws of each q, weights of half the size: 2 cancels
         return tuple(value.float() for value in (*elbos, total - math.log(num_samples)))
 

@@ -28,13 +28,42 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+class AtLeast(int):
+    """A number of images to a chunk that nobody asked for: on CUDA the first chunk alone has it, and later ones what memory holds.
+
+    By the size that is best on a CPU a GPU waits for the host, which launches its kernels. No estimate depends on the chunks.
+    """
+
+
 def observations(model: VAE, pixels: Tensor, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (x, keys) on the model's device; an image's x and its key don't depend on the chunk that it is in."""
-    for chunk in check_pixels("pixels", pixels, model.image_shape).split(check_int("batch_size", batch_size)):
-        chunk = chunk.to(model.device)
+    pixels, size, start = check_pixels("pixels", pixels, model.image_shape), check_int("batch_size", batch_size), 0
+    grows = isinstance(batch_size, AtLeast) and model.device.type == "cuda"
+    while start < len(pixels):
+        if grows:
+            torch.cuda.reset_peak_memory_stats(model.device)
+            before = torch.cuda.memory_allocated(model.device)
+        chunk = pixels[start : start + size].to(model.device)
         keys = noise.image_keys(chunk, seed)
         uniform = noise.uniform_noise(keys, chunk.shape[1:], noise.OBSERVE)
         yield model.likelihood.observe(chunk, uniform=uniform), keys
+        start += len(chunk)
+        if grows:
+            size = max(size, images_that_fit(model.device, len(chunk), torch.cuda.max_memory_allocated(model.device) - before))
+
+
+def images_that_fit(device: torch.device, count: int, used: int) -> int:
+    """How many images half of the memory holds that is free on CUDA, if `count` of them took `used` bytes.
+
+    It counts on 8 GiB at most: a tensor of float32 then has fewer than 2**31 numbers, and the GPU has enough to do long before.
+    """
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min((torch.cuda.mem_get_info(device)[0] + unused) // 2, 2**33) * count // max(used, 1)
+
+
+def exact(values: Tensor) -> Tensor:
+    """float64, for sums; where the values are, but on the CPU for MPS, which has no float64."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def labels_for(model: VAE, argument: str, images: ImageSet) -> Tensor | None:
@@ -63,7 +92,8 @@ def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: i
         warn_of_scale("pixels", pixels)
     start = 0
     for x, keys in observations(model, pixels, batch_size, seed):
-        yield model.given(None if labels is None else labels[start : start + len(x)], validate=False), x, keys
+        own = None if labels is None else labels[start : start + len(x)].to(x.device)
+        yield model.given(own, validate=False), x, keys
         start += len(x)
 
 
@@ -79,7 +109,10 @@ def over_images(
     seed: int,
     measure: Callable[[VAE, Tensor, Tensor], tuple[Tensor, ...]],
 ) -> list[Tensor]:
-    """What `measure(model, x, keys)` gives of each chunk, see `given_labels`, put together on the CPU: each (N, ...)."""
+    """What `measure(model, x, keys)` gives of each chunk, see `given_labels`, put together on the CPU: each (N, ...).
+
+    Of a chunk nothing but this is read back from the device.
+    """
     with evaluating(model):
         chunks = [[part.cpu() for part in measure(*chunk)] for chunk in given_labels(model, images, batch_size, seed)]
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]

@@ -92,20 +92,28 @@ def top_down(decoder: TopDown, code: Tensor, features: list[Tensor] | None = Non
     """
     h = decoder.constant.expand(len(code), -1, -1, -1)
     parts, posteriors, priors = [], [], []
+    seen, level = h, -1
     for group, part in zip(decoder.groups, code.split(decoder.latent_dims, dim=1), strict=True):
         h = enlarged(h, group.latent_shape[1:])
-        mean, log_var, change = group.prior(h)
+        if features is not None and group.level != level:  # once for all groups of a level
+            level, seen = group.level, repeated(decoder.activation(features[group.level]), len(h))
+        active = decoder.activation(h).to(seen.dtype)  # under autocast the features' dtype, once for both branches
+        mean, log_var, rest = group.prior(active)
         prior = posterior = Posterior(mean.to(code.dtype), log_var.to(code.dtype))
         if features is not None:
-            seen = features[group.level]
-            mean, log_var = group.posterior(h, seen if len(seen) == len(h) else seen.repeat(len(h) // len(seen), 1, 1, 1))
+            mean, log_var = group.posterior(active, seen)
             posterior = Posterior(mean.to(code.dtype), log_var.to(code.dtype))
         z = part if given else posterior.sample(part)
-        h = group(h + change, z)
+        h = group(h, rest, z)
         parts.append(z)
         posteriors.append(posterior)
         priors.append(prior)
     return Path(h, torch.cat(parts, dim=1), joined(posteriors), joined(priors))
+
+
+def repeated(values: Tensor, count: int) -> Tensor:
+    """The rows of `values`, again and again, `count` in all; itself where it has so many."""
+    return values if len(values) == count else values.repeat(count // len(values), 1, 1, 1)
 
 
 class LayeredPrior:

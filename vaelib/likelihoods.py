@@ -428,7 +428,8 @@ class DiscretizedLogisticMixture(Likelihood):
             raise ValueError(
                 f"params: got {describe(params)}, expected {self.num_mixtures} * (C + 1)(C + 2) / 2 channels for some C"
             )
-        logits, *rows = at_least_float32(params).unflatten(1, (-1, self.num_mixtures)).unbind(1)
+        params = at_least_float32(params).contiguous()  # else each row lies scattered where the channels are innermost
+        logits, *rows = params.unflatten(1, (-1, self.num_mixtures)).unbind(1)
         locations, log_scales, rows = rows[:channels], rows[channels : 2 * channels], rows[2 * channels :]
         coefficients = [tuple(row.tanh() for row in rows[c * (c - 1) // 2 : c * (c + 1) // 2]) for c in range(channels)]
         return logits, list(zip(locations, log_scales, coefficients, strict=True))

@@ -272,7 +272,8 @@ class LatentGroup(nn.Module):
 
     The prior sees h (N, width, h, w), the posterior sees the image's features too (Sonderby et al. 2016; Kingma et al. 2016). What
     the prior's branch gives starts as 0, so that p starts as N(0, I), and q starts near it; log-variances are clamped to [-10, 10],
-    which keeps the KL between two learned Gaussians finite.
+    which keeps the KL between two learned Gaussians finite. h and features come to both branches through the activation, which is then
+    computed once.
 
     Args:
         level: which of the bottom-up pass's features it meets, 0 for the smallest.
@@ -284,7 +285,7 @@ class LatentGroup(nn.Module):
         super().__init__()
         self.level, self.latent_shape = level, tuple(latent_shape)
         channels, narrow, kernels = latent_shape[0], [bottleneck] * 3, (1, 3, 3, 1)
-        self.split = (channels, channels, width)
+        self.split = (2 * channels, width)
         self.prior_branch = activated_convolutions([width, *narrow, 2 * channels + width], kernels, activation)
         self.posterior_branch = activated_convolutions([2 * width, *narrow, 2 * channels], kernels, activation)
         self.enter = nn.Conv2d(channels, width, 1)
@@ -293,19 +294,35 @@ class LatentGroup(nn.Module):
         with torch.no_grad():
             self.enter.weight.mul_(scale)
 
-    def prior(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """h -> mean and log-variance of p(z_l given the latents above), each (N, L_l), and what h gains apart from z_l."""
-        mean, log_var, change = self.prior_branch(h).split(self.split, dim=1)
-        return mean.flatten(1), log_var.flatten(1).clamp(-10, 10), change
+    def prior(self, active: Tensor) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Activated h -> mean and log-variance of p(z_l given the latents above), each (N, L_l), and the branch's rest, for `forward`."""
+        last: Any = self.prior_branch[-1]
+        (weight, other), (bias, shift) = (parameter.split(self.split) for parameter in (last.weight, last.bias))
+        hidden = self.prior_branch[1:-1](active)
+        return *self.moments(F.conv2d(hidden, weight, bias)), (hidden, other, shift)
 
-    def posterior(self, h: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """h and the features of x -> mean and log-variance of q(z_l given x and the latents above), each (N, L_l)."""
-        mean, log_var = self.posterior_branch(torch.cat([h, features], dim=1)).chunk(2, dim=1)
+    def posterior(self, active: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Activated h and features of x -> mean and log-variance of q(z_l given x and the latents above), each (N, L_l)."""
+        return self.moments(self.posterior_branch[1:](torch.cat([active, features], dim=1)))
+
+    @staticmethod
+    def moments(statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, flat, of a branch's output."""
+        mean, log_var = statistics.chunk(2, dim=1)
         return mean.flatten(1), log_var.flatten(1).clamp(-10, 10)
 
-    def forward(self, h: Tensor, z: Tensor) -> Tensor:
-        """The next state, from h and z_l (N, L_l)."""
-        state: Tensor = self.block(h + self.enter(z.unflatten(1, self.latent_shape)))
+    def forward(self, h: Tensor, rest: Sequence[Tensor], z: Tensor) -> Tensor:
+        """The next state, from h, the rest of the prior's branch and z_l (N, L_l).
+
+        h gains what the prior's branch says apart from z_l, and what z_l says. One 1x1 convolution over the channels of both gives
+        their sum: each term of its own would be one more pass over h, which is most of what such a model has to do.
+        """
+        hidden, weight, bias = rest
+        layout = torch.channels_last if hidden.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        code = z.unflatten(1, self.latent_shape).to(hidden.dtype).contiguous(memory_format=layout)
+        enter: Any = self.enter
+        weight, bias = torch.cat([weight, enter.weight], dim=1), bias + enter.bias
+        state: Tensor = self.block(h + F.conv2d(torch.cat([hidden, code], dim=1), weight, bias))
         return state
 
 
@@ -328,7 +345,7 @@ class TopDown(nn.Module):
     ) -> None:
         super().__init__()
         scale = 1 / math.sqrt(sum(groups for _, groups in levels))
-        self.size = sizes[-1]
+        self.size, self.activation = sizes[-1], ACTIVATIONS[activation]()
         self.constant = nn.Parameter(torch.zeros(1, width, *sizes[0]))
         self.groups: Any = nn.ModuleList(
             LatentGroup(level, (channels, *size), width, bottleneck, scale, activation)

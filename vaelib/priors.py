@@ -136,7 +136,7 @@ def fit_second_stage(
     epochs, seed = check_int("epochs", epochs), check_seed("seed", seed)
     codes = codes_to_fit(model, images, seed, 2)
     mean, std = codes.mean(0), codes.std(0).clamp(min=1e-6)
-    x = ((codes - mean) / std)[:, :, None, None]  # (N, L, 1, 1)
+    x = ((codes - mean) / std)[:, :, None, None].to(model.device)  # (N, L, 1, 1)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
         torch.manual_seed(seed)
@@ -145,10 +145,12 @@ def fit_second_stage(
     optimizer = torch.optim.Adam(stage.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // 100))
     for _ in range(epochs):
-        for batch in torch.randperm(len(x), generator=generator, device="cpu").split(100):
-            eps = torch.randn(1, len(batch), model.latent_dim, generator=generator, device="cpu")
+        order = torch.randperm(len(x), generator=generator, device="cpu")
+        drawn = [torch.randn(1, len(rows), model.latent_dim, generator=generator, device="cpu") for rows in order.split(100)]
+        shuffled, eps = x[order.to(x.device)], torch.cat(drawn, 1).to(x.device)  # no step waits for the host
+        for batch, noises in zip(shuffled.split(100), eps.split(100, 1), strict=True):
             optimizer.zero_grad()
-            loss(stage(x[batch].to(model.device), eps.to(model.device))).backward()
+            loss(stage(batch, noises)).backward()
             optimizer.step()
             schedule.step()
     return SecondStagePrior(stage.cpu().eval(), mean, std)
