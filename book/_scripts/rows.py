@@ -50,8 +50,15 @@ ROWS["hierarchical-small"] = (
     f"--ema-decay 0.999 --likelihood {shlex.quote(MIXTURE)} --model-options {shlex.quote(SMALL)}"
 )
 # What a GPU is for. An H200 that replays whole steps in bf16 takes 46000 images a second with residual blocks (batch 128), so that
-# 150 epochs of 45833 images are three minutes, and 4400 with the hierarchy of the default size (batch 256), so that 40 are seven.
-HIERARCHICAL_GPU = "--epochs 40 --batch-size 256 --learning-rate 1e-3 --ema-decay 0.999"  # its size (the default) and its schedule
+# 150 epochs of 45833 images are three minutes.
+# The hierarchy's size and schedule are for half an hour of an H100, by an estimate; not run. A step of the default size took an H200
+# 37.7 ms at batch 128 and 57.8 at 256: 0.157 ms an image for 335 MB (benchmarks/memory_passes.py, before it passed over memory a
+# quarter less often), 2.1 TB/s of its 4.8, and 17.6 ms for 3150 operations. An H100 (3.35 TB/s) at the same share has 1.49 TB/s: this
+# size, 208 MB and 2375 operations, takes 13.3 + 17.9 ms at batch 128, 4100 images a second, so that 140 epochs with their validation
+# are 27 minutes. The default size stood at 6.26, 5.64, 5.29 and 4.97 bits/dim after 1, 2, 4 and 8 epochs. A power law through these
+# ends at 3.6 (by steps) or 3.85 (by images), one above a floor of 2.9 bits at 3.9 or 4.05: 3.6 is the lower end of what to expect.
+GPU_SIZE = '{"levels": [[16, 1], [16, 2], [16, 6], [8, 2]], "width": 128, "bottleneck": 64, "blocks": 2}'
+HIERARCHICAL_GPU = f"--epochs 140 --batch-size 128 --learning-rate 1e-3 --ema-decay 0.999 --model-options {shlex.quote(GPU_SIZE)}"
 HIERARCHICAL = f"--model hierarchical --flip --precision bf16 --channels-last --likelihood {shlex.quote(MIXTURE)}"
 GPU_ROWS = {
     "spatial-mixture-30": f"{CONV} --epochs 30 --latent-dim 64x8x8 --likelihood {shlex.quote(MIXTURE)}",
