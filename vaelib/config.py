@@ -45,7 +45,8 @@ class TrainConfig:
         optimizer_options: further arguments of the optimizer, such as ``{"momentum": 0.9}``.
         schedule: ``"cosine"`` (to 0), ``"linear"`` (to 0), ``"constant"``, or a function from progress in [0, 1] to a factor.
         warmup: share of the steps over which the learning rate rises linearly from 0.
-        clip_norm: the gradient's norm is cut to this; None leaves it alone.
+        clip_norm: the gradient's norm is cut to this, as a rule at every step of photographs, see the page on troubleshooting; None
+            leaves it alone.
         skip_norm: a step whose gradient has a larger norm is left out and counted; one with a norm that is not finite always is.
         beta: weight of the KL term; 1 is the ELBO.
         kl_warmup_epochs: epochs over which beta rises linearly from 0.
