@@ -283,6 +283,16 @@ def trainings(row, key):
     return json.loads((ROOT / "results" / "mnist-rows.json").read_text())[row]["metrics"][key]["each"]
 
 
+def test_the_chapter_says_which_networks_were_trained_three_times():
+    rows = json.loads((ROOT / "results" / "mnist-rows.json").read_text())
+    text = prose("mnist-mlp")
+    assert "the two with a hidden layer of 128 three times, with the seeds 0, 1 and 2" in text
+    assert "the other eight once" in text
+    sizes = {name: row["metrics"]["seeds"] for name, row in rows.items() if name.startswith("784-") and "epochs" not in name}
+    assert {name for name, seeds in sizes.items() if seeds == [0, 1, 2]} == {"784-128-20", "784-128-256"}
+    assert sum(seeds == [0] for seeds in sizes.values()) == 8
+
+
 def test_over_the_256_levels_the_two_gaussians_change_places():
     assert min(trainings("gaussian-learned", "elbo")) > max(trainings("gaussian-1", "elbo")) + 500
     assert max(trainings("gaussian-learned", "over_levels")) < min(trainings("gaussian-1", "over_levels")) - 100
