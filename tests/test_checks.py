@@ -1023,6 +1023,26 @@ def test_the_mean_loss_is_told_with_its_sign():
     assert "the loss that it returns is 1.01 times the right one" in told
 
 
+@pytest.mark.parametrize("free_bits", [0.05, 0.1, 1.0])
+def test_free_bits_in_the_step_are_no_elbo(free_bits):
+    verdict = check_training_step(stepping(lambda model, x: vaelib.loss(model.elbo(x), free_bits=free_bits)))
+    assert not verdict  # the example has a unit that is nearly silent
+    assert "the loss that it returns" in verdict.message
+
+
+def test_a_decay_of_the_weights_hidden_in_the_gradient_is_found():
+    def step(model, optimizer, x):
+        optimizer.zero_grad()
+        loss = vaelib.loss(model.elbo(x))
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad.add_(0.01 * parameter.detach())
+        optimizer.step()
+        return loss.item()
+
+    assert "something else than the gradient of the loss" in check_training_step(step).message
+
+
 def test_a_decoder_may_give_several_params_per_value_where_that_is_asked_for():
     two = nn.Sequential(nn.Linear(4, 128), nn.Unflatten(1, (2, 8, 8)))
     assert check_encoder_decoder(Encoder(), two, (1, 8, 8), 4, params_per_value=2)
