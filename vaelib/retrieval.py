@@ -110,7 +110,10 @@ def nearest_of_few(q: Posterior, x: Posterior, side: DatabaseSide, k: int, dista
 
 def blocks(q: Posterior, x: Posterior, distance: str, block: int) -> list[slice]:
     """Slices of the queries, so that few numbers are in memory at once."""
-    most = NUMBERS // (x.mean.numel() if distance == "bhattacharyya" else len(x.mean))
+    if distance == "bhattacharyya":
+        most = NUMBERS // x.mean.numel()
+    else:  # a product reads the whole database, for 16 queries in hardly more time than for one
+        most = max(16, NUMBERS // len(x.mean))
     step = max(1, min(check_int("block", block), most))
     return [slice(start, start + step) for start in range(0, len(q.mean), step)]
 
