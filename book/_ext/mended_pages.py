@@ -59,7 +59,8 @@ def description(doctree: nodes.document) -> str:
         copy = paragraph.deepcopy()
         for formula in list(copy.findall(nodes.math)):
             formula.replace_self(nodes.Text(MATHS))
-        text = re.sub(r" \[[^][]*\d{4}[a-z]?\]", "", copy.astext())  # without citations
+        text = re.sub(r"<!--.*?-->", "", copy.astext())  # without the sources of numbers
+        text = re.sub(r" \[[^][]*\d{4}[a-z]?\]", "", text)  # without citations
         if re.search(r"(Fig\.|Table|Eq\.) \d", text):
             continue
         sentences = ""
