@@ -186,6 +186,7 @@ def test_committed_outputs_are_whole_and_clean(name):
     notebook = chapter(name)
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert notebook.metadata.language_info == {"name": "python"}  # no version of the machine's
     for cell in code_cells(name):
         assert cell.execution_count is not None, cell.id
         for output in cell.outputs:
