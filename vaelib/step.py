@@ -75,14 +75,8 @@ class TrainStep:
     def __init__(
         self, model: VAE, images: ImageSet, config: TrainConfig, group: Group, device: torch.device, resident: bool
     ) -> None:
-        self.model, self.images, self.config, self.group, self.device, self.resident = (
-            model,
-            images,
-            config,
-            group,
-            device,
-            resident,
-        )
+        self.model, self.images, self.config = model, images, config
+        self.group, self.device, self.resident = group, device, resident
         self.forward: Callable[..., ElboTerms] = model
         if group.size > 1:  # this also makes all processes start from the first one's weights
             devices = [device.index] if device.type == "cuda" else None

@@ -32,6 +32,7 @@ CONV = "--model conv --flip --precision bf16 --channels-last"
 SCALE_1 = '{"name": "gaussian", "scale": 1.0, "discretized": true}'
 LEARNED = '{"name": "gaussian", "scale": 0.3, "learned": true, "discretized": true}'
 MIXTURE = '{"name": "discretized_logistic_mixture", "num_mixtures": 5}'
+HIERARCHICAL = f"--model hierarchical --flip --precision bf16 --channels-last --likelihood {shlex.quote(MIXTURE)}"
 RESIDUAL = f"{CONV} --latent-dim 64x8x8 --residual-blocks 1 --likelihood {shlex.quote(MIXTURE)}"
 ROWS = {
     "vector-gaussian-1": f"{CONV} --epochs 12 --likelihood {shlex.quote(SCALE_1)}",
@@ -46,8 +47,7 @@ ROWS = {
 # a hierarchical VAE as small as two CPU cores need it: the default of `vaelib.hierarchical_vae` takes over an hour an epoch there
 SMALL = '{"levels": [[16, 1], [16, 2], [8, 2], [4, 0]], "width": 64, "bottleneck": 24, "blocks": 1}'
 ROWS["hierarchical-small"] = (
-    "--model hierarchical --flip --precision bf16 --channels-last --epochs 6 --batch-size 64 --learning-rate 1e-3 "
-    f"--ema-decay 0.999 --likelihood {shlex.quote(MIXTURE)} --model-options {shlex.quote(SMALL)}"
+    f"{HIERARCHICAL} --epochs 6 --batch-size 64 --learning-rate 1e-3 --ema-decay 0.999 --model-options {shlex.quote(SMALL)}"
 )
 # What a GPU is for. An H200 that replays whole steps in bf16 takes 46000 images a second with residual blocks (batch 128), so that
 # 150 epochs of 45833 images are three minutes.
@@ -59,7 +59,6 @@ ROWS["hierarchical-small"] = (
 # ends at 3.6 (by steps) or 3.85 (by images), one above a floor of 2.9 bits at 3.9 or 4.05: 3.6 is the lower end of what to expect.
 GPU_SIZE = '{"levels": [[16, 1], [16, 2], [16, 6], [8, 2]], "width": 128, "bottleneck": 64, "blocks": 2}'
 HIERARCHICAL_GPU = f"--epochs 140 --batch-size 128 --learning-rate 1e-3 --ema-decay 0.999 --model-options {shlex.quote(GPU_SIZE)}"
-HIERARCHICAL = f"--model hierarchical --flip --precision bf16 --channels-last --likelihood {shlex.quote(MIXTURE)}"
 GPU_ROWS = {
     "spatial-mixture-30": f"{CONV} --epochs 30 --latent-dim 64x8x8 --likelihood {shlex.quote(MIXTURE)}",
     "hierarchical": f"{HIERARCHICAL} --epochs 8 --batch-size 256 --learning-rate 1e-3 --ema-decay 0.999",
