@@ -310,3 +310,32 @@ def test_longer_training_takes_away_most_of_what_256_latent_dimensions_cost_and_
     assert 0 < cost[".18-epochs"] < cost[""] / 2
     assert mean("784-128-256.18-epochs", "rate_of_the_rest") < mean("784-128-256", "rate_of_the_rest") / 2
     assert max(trainings("784-128-256.18-epochs", "active")) < min(trainings("784-128-256", "active"))
+
+
+TAUGHT = []  # chapters whose code is cut to the lesson; the others follow
+FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_visible_cell_is_short_and_no_line_is_cut_off(name):
+    for cell in code_cells(name):
+        lines = cell.source.splitlines()
+        assert max(map(len, lines)) <= 78, cell.id
+        if not FOLDED & set(cell.metadata.get("tags", [])):
+            assert len(lines) <= 20, cell.id
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_table_is_a_table_and_the_text_leads_to_it(name):
+    for cell in code_cells(name):
+        for output in cell.outputs:
+            if found := re.search(r":name: (tab-\S+)", output.get("data", {}).get("text/markdown", "")):
+                assert f"{{numref}}`{found[1]}`" in prose(name), found[1]
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_a_chapter_has_exercises_of_three_kinds(name):
+    """With pencil and paper, to code with a checker's or the library's answer, and to find out."""
+    kinds = re.findall(r":::\{exercise\}[^\n]*\n:label: \S+\n(?::\S+:[^\n]*\n)*\n\*(.+?)\.\*", prose(name))
+    assert len(kinds) >= 6
+    assert {kind: kinds.count(kind) >= 2 for kind in kinds} == dict.fromkeys(("Pencil and paper", "Code", "Find out"), True)

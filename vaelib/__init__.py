@@ -73,6 +73,6 @@ def __getattr__(name: str) -> Any:
     """Modules that are imported when they are first used: matplotlib costs half a second."""
     if name in ("priors", "quality", "checks", "cli"):
         return importlib.import_module(f"vaelib.{name}")
-    if name in ("plotting", "widgets", "oracles", "ledger", "reproduce"):
+    if name in ("plotting", "tables", "widgets", "oracles", "ledger", "reproduce"):
         return importlib.import_module(f"vaelib.book.{name}")
     raise AttributeError(f"module 'vaelib' has no attribute {name!r}")
