@@ -116,7 +116,7 @@ def smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = values.shape[1] // GROUP
     if groups < 4 * k:
         return tuple(values.topk(k, largest=False))  # type: ignore[return-value]
-    inside = torch.arange(groups * GROUP, device=values.device).view(groups, GROUP)
+    inside = torch.arange(groups * GROUP, device=values.device).view(groups, GROUP)  # the columns of each group
     minima = values[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amin(2)  # (B, groups)
     columns = inside[minima.topk(k, largest=False).indices].flatten(1)  # (B, k * GROUP)
     rest = torch.arange(groups * GROUP, values.shape[1], device=values.device).expand(len(values), -1)
@@ -219,7 +219,7 @@ def scores(phi: Tensor, side: DatabaseSide, distance: str) -> Tensor:
     if distance == "bhattacharyya":
         (mean, variance), (x_mean, x_variance) = (part.chunk(2, 1) for part in (phi, side.psi))
         both = variance[:, None] + x_variance  # (B, N, L)
-        squared = (mean[:, None] - x_mean).square_().div_(both).sum(2)
+        squared = (mean[:, None] - x_mean).square_().div_(both).sum(2)  # (B, N)
         return squared / 4 + both.log_().sum(2) / 2 + side.bias  # log cosh((a - b) / 2) = log(e^a + e^b) - (a + b) / 2 - log 2
     return torch.addmm(side.bias, phi, side.psi.T)
 
@@ -246,7 +246,7 @@ def knn_accuracy(found: Tensor, query_labels: Tensor) -> Tensor:
     k = found.shape[1]
     votes = (found[:, :, None] == found[:, None]).sum(2)  # (Q, k): how many neighbours share the class of this one
     winner = (votes * (k + 1) - torch.arange(k, device=found.device)).argmax(1, keepdim=True)
-    return (found.gather(1, winner)[:, 0] == query_labels).double()
+    return (found.gather(1, winner)[:, 0] == query_labels).double()  # (Q,)
 
 
 def average_precision(
