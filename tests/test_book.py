@@ -152,6 +152,29 @@ def test_every_mistake_of_the_chapter_that_a_checker_was_shown_is_named_by_it():
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
+def test_no_score_of_a_chapter_stands_on_a_prefix_of_a_set(name):
+    code = "\n".join(cell.source for cell in code_cells(name))
+    assert re.findall(r"\b(?:images|train|test|valid)\[\s*:", code) == []
+    found = re.findall(r"\b(?:train|test|valid)\.pixels\[\s*:\s*(\w+)", code)
+    assert [size for size in found if not size.isdigit() or int(size) >= 200] == []  # a few for a picture may be the first
+
+
+def runs(record):
+    """Every record of a run in a ledger, and those within it."""
+    if isinstance(record, dict):
+        if "commit" in record:
+            yield record
+        for value in record.values():
+            yield from runs(value)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_a_number_of_the_book_was_made_by_a_commit_that_everyone_can_check_out(path):
+    commits = [record["commit"] for record in runs(json.loads(path.read_text()))]
+    assert [commit for commit in commits if str(commit).endswith("+changes")] == []
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapter_has_its_parts(name):
     text = prose(name)
     for part in ("**Objectives.**", "**Prerequisites.**", "**Run time.**", "## Exercises", "## Summary", "## References"):

@@ -269,9 +269,9 @@ def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chai
         new_energy = energy_of(new, momentum) - t * new_value
         acceptance = (energy - new_energy).exp().clamp(max=1).nan_to_num(0)  # (chains, N); NaN where the path diverged
         moved = acceptance > noise.uniform_noise(keys, (chains,), ACCEPT, step * chains).T
-        u, gradient = (torch.where(moved[..., None], *pair) for pair in ((new, u), (new_gradient, gradient)))
+        u, gradient = (torch.where(moved[..., None], *pair) for pair in ((new, u), (new_gradient, gradient)))  # (chains, N, L)
         value = torch.where(moved, new_value, value)
-        step_size = step_size * (0.3 * (acceptance[:PILOTS].mean(0) - 0.65)).exp()[:, None]
+        step_size = step_size * (0.3 * (acceptance[:PILOTS].mean(0) - 0.65)).exp()[:, None]  # (N, 1)
     return log_weights
 
 

@@ -147,7 +147,7 @@ def doubly_reparameterized_bound(draw: Draw) -> Tensor:
     """
     log_weights = draw._replace(q=draw.gaussian("objective: got 'dreg' for").detach()).log_weights
     if draw.z.requires_grad:
-        weights = log_weights.detach().softmax(0)[..., None]
+        weights = log_weights.detach().softmax(0)[..., None]  # (K, N, 1)
         draw.z.register_hook(lambda gradient: weights * gradient)
     return importance_weighted_bound(log_weights)
 

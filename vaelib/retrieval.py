@@ -29,7 +29,8 @@ STATISTICAL = DISTANCES[2:]  # between posteriors; the others are between their 
 METHODS = ("exact", "hnsw", "ivf_pq")
 INDEX_VERSION = 1  # of the index file
 SPARE = 8  # candidates beyond k whose distance is computed exactly
-NUMBERS = 2**22  # scores in memory at once: 16 MiB
+NUMBERS = 2**23  # scores in memory at once: 32 MiB
+GROUP = 32  # scores of which one minimum is taken
 
 
 class Neighbours(NamedTuple):
@@ -89,16 +90,15 @@ def nearest_of_few(q: Posterior, x: Posterior, side: DatabaseSide, k: int, dista
     """`nearest_neighbours` of queries whose scores (B, N) fit into memory."""
     phi, offset = query_side(q, distance)
     values = scores(phi, side, distance)  # (B, N)
-    top = values.topk(min(k + SPARE, len(x.mean)), largest=False)
+    least, columns = smallest(values, min(k + SPARE, len(x.mean)))
     # of a sum of D products: at most D eps, and 8 sqrt(D) eps but for chances below 1e-13 (Higham and Mary 2019)
     coarse = values.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     rounding = min(phi.shape[1] + 5, 8 * math.sqrt(phi.shape[1] + 1)) * (2**-8 if coarse else torch.finfo(values.dtype).eps)
     error = rounding * ((1 + phi.norm(dim=1)) * (1 + side.norm) + side.most)
-    furthest = top.values[:, k - 1]
+    furthest = least[:, k - 1]
     limit = furthest + 2 * error + 2**-21 * (furthest + offset.to(furthest)).abs()  # distances that round to one number are a tie
-    columns = top.indices
-    if len(lacking := values[top.values[:, -1] <= limit]):  # more candidates than were taken, many equal codes perhaps
-        kept = int((lacking <= limit[top.values[:, -1] <= limit, None]).sum(1).max())
+    if len(lacking := values[least[:, -1] <= limit]):  # more candidates than were taken, many equal codes perhaps
+        kept = int((lacking <= limit[least[:, -1] <= limit, None]).sum(1).max())
         columns = values.topk(kept, largest=False).indices
     columns = columns.cpu().sort(1).values  # so that a stable sort leaves ties in the order of their indices
     step = max(1, NUMBERS // (columns.shape[1] * x.mean.shape[1]))
@@ -106,6 +106,23 @@ def nearest_of_few(q: Posterior, x: Posterior, side: DatabaseSide, k: int, dista
     distances = torch.cat([exact_distances(at(q, rows), x, columns[rows], distance) for rows in parts])
     order = distances.argsort(dim=1, stable=True)[:, :k]
     return Neighbours(columns.gather(1, order), distances.gather(1, order))
+
+
+def smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k smallest of each row and their columns, (B, N) -> (B, k) twice: `topk`, but one that looks at each number only once.
+
+    They lie in the k groups of columns whose minima are the smallest, so that `topk` has to order few numbers.
+    """
+    groups = values.shape[1] // GROUP
+    if groups < 4 * k:
+        return tuple(values.topk(k, largest=False))  # type: ignore[return-value]
+    inside = torch.arange(groups * GROUP, device=values.device).view(groups, GROUP)  # the columns of each group
+    minima = values[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amin(2)  # (B, groups)
+    columns = inside[minima.topk(k, largest=False).indices].flatten(1)  # (B, k * GROUP)
+    rest = torch.arange(groups * GROUP, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, rest], 1)
+    least, places = values.gather(1, columns).topk(k, largest=False)
+    return least, columns.gather(1, places)
 
 
 def blocks(q: Posterior, x: Posterior, distance: str, block: int) -> list[slice]:
@@ -202,7 +219,7 @@ def scores(phi: Tensor, side: DatabaseSide, distance: str) -> Tensor:
     if distance == "bhattacharyya":
         (mean, variance), (x_mean, x_variance) = (part.chunk(2, 1) for part in (phi, side.psi))
         both = variance[:, None] + x_variance  # (B, N, L)
-        squared = (mean[:, None] - x_mean).square_().div_(both).sum(2)
+        squared = (mean[:, None] - x_mean).square_().div_(both).sum(2)  # (B, N)
         return squared / 4 + both.log_().sum(2) / 2 + side.bias  # log cosh((a - b) / 2) = log(e^a + e^b) - (a + b) / 2 - log 2
     return torch.addmm(side.bias, phi, side.psi.T)
 
@@ -232,7 +249,7 @@ def knn_accuracy(found: Tensor, query_labels: Tensor) -> Tensor:
     k = found.shape[1]
     votes = (found[:, :, None] == found[:, None]).sum(2)  # (Q, k): how many neighbours share the class of this one
     winner = (votes * (k + 1) - torch.arange(k, device=found.device)).argmax(1, keepdim=True)
-    return (found.gather(1, winner)[:, 0] == query_labels).double()
+    return (found.gather(1, winner)[:, 0] == query_labels).double()  # (Q,)
 
 
 def average_precision(
