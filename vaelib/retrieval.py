@@ -97,9 +97,8 @@ def nearest_of_few(q: Posterior, x: Posterior, side: DatabaseSide, k: int, dista
     error = rounding * ((1 + phi.norm(dim=1)) * (1 + side.norm) + side.most)
     furthest = least[:, k - 1]
     limit = furthest + 2 * error + 2**-21 * (furthest + offset.to(furthest)).abs()  # distances that round to one number are a tie
-    if len(lacking := values[least[:, -1] <= limit]):  # more candidates than were taken, many equal codes perhaps
-        kept = int((lacking <= limit[least[:, -1] <= limit, None]).sum(1).max())
-        columns = values.topk(kept, largest=False).indices
+    if (least[:, -1] <= limit).any():  # more candidates than were taken, many equal codes perhaps
+        columns = values.topk(int((values <= limit[:, None]).sum(1).max()), largest=False).indices
     columns = columns.cpu().sort(1).values  # so that a stable sort leaves ties in the order of their indices
     step = max(1, NUMBERS // (columns.shape[1] * x.mean.shape[1]))
     parts = [slice(start, start + step) for start in range(0, len(columns), step)]
@@ -116,21 +115,18 @@ def smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = values.shape[1] // GROUP
     if groups < 4 * k:
         return tuple(values.topk(k, largest=False))  # type: ignore[return-value]
-    inside = torch.arange(groups * GROUP, device=values.device).view(groups, GROUP)  # the columns of each group
+    every = torch.arange(values.shape[1], device=values.device)
+    inside, rest = every[: groups * GROUP].view(groups, GROUP), every[groups * GROUP :].expand(len(values), -1)
     minima = values[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amin(2)  # (B, groups)
-    columns = inside[minima.topk(k, largest=False).indices].flatten(1)  # (B, k * GROUP)
-    rest = torch.arange(groups * GROUP, values.shape[1], device=values.device).expand(len(values), -1)
-    columns = torch.cat([columns, rest], 1)
+    columns = torch.cat([inside[minima.topk(k, largest=False).indices].flatten(1), rest], 1)  # (B, about k * GROUP)
     least, places = values.gather(1, columns).topk(k, largest=False)
     return least, columns.gather(1, places)
 
 
 def blocks(q: Posterior, x: Posterior, distance: str, block: int) -> list[slice]:
     """Slices of the queries, so that few numbers are in memory at once."""
-    if distance == "bhattacharyya":
-        most = NUMBERS // x.mean.numel()
-    else:  # a product reads the whole database, for 16 queries in hardly more time than for one
-        most = max(16, NUMBERS // len(x.mean))
+    # a product reads the whole database, for 16 queries in hardly more time than for one
+    most = NUMBERS // x.mean.numel() if distance == "bhattacharyya" else max(16, NUMBERS // len(x.mean))
     step = max(1, min(check_int("block", block), most))
     return [slice(start, start + step) for start in range(0, len(q.mean), step)]
 
