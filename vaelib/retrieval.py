@@ -228,12 +228,15 @@ def exact_distances(q: Posterior, x: Posterior, columns: Tensor, distance: str) 
 
 
 def precision_at_k(found: Tensor, query_labels: Tensor) -> Tensor:
-    """The share of each query's neighbours that are of its class: labels found (Q, k), labels (Q,) -> (Q,)."""
+    """The share of each query's neighbours that are of its class: labels found (Q, k), labels (Q,) -> (Q,). eq. recall-at-k"""
     return (found == query_labels[:, None]).double().mean(1)
 
 
 def recall_at_k(found: Tensor, query_labels: Tensor, labels: Tensor) -> Tensor:
-    """The share of the database's images of a query's class that were found: (Q, k), (Q,), (N,) -> (Q,)."""
+    """The share of the database's images of a query's class that were found: (Q, k), (Q,), (N,) -> (Q,). eq. recall-at-k
+
+    With R such images it is k / R times the precision, and so at most k / R, however good the search.
+    """
     return (found == query_labels[:, None]).sum(1).double() / check_relevant(query_labels, labels)
 
 
@@ -610,7 +613,8 @@ def extended(structure: Any, method: str, codes: Tensor, known: int = 0) -> tupl
 
     A structure that is there has those of the first `known` codes, and the others are added; without one it is made, and trained on
     all. HNSW: 32 links, efConstruction 100 (Malkov and Yashunin 2020). IVF-PQ: 4 sqrt(N) lists, one byte for four latents or more
-    (Jegou, Douze and Schmid 2011).
+    (Jegou, Douze and Schmid 2011); of a code the bytes say what is left of it after the centre of its list, and the distance to a query
+    is that to what they say. eq. product-quantization
     """
     rows = by_code(codes)
     first = rows[0][rows[1]]
