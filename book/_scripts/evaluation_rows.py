@@ -3,8 +3,9 @@ that are missing.
 
 `model.seed-1` and `model.seed-2` train the chapter's model again and score it as the chapter does; `objectives.seed-0` to `-2` train it
 shortly on three objectives, whose means and standard deviations over the seeds go to `objectives`; `outside.seed-0` to `-2` train it
-shortly on Fashion-MNIST and score MNIST under it. Models stay in runs/evaluation, so that a run that was cut off goes on. The records go to results/evaluation-rows.json: command, commit, versions, hardware, seconds and
-scores. Seconds of trainings are those of the processor.
+shortly on Fashion-MNIST and score MNIST under it. Models stay in runs/evaluation, so that a run that was cut off goes on. The records
+go to results/evaluation-rows.json: command, commit, versions, hardware, seconds and scores. Seconds of trainings are those of the
+processor.
 """
 
 import argparse
@@ -145,7 +146,9 @@ def perturbed(images, seed, share=0.2):
     generator = torch.Generator().manual_seed(seed)
     pixels = images.pixels
     replaced = torch.rand(pixels.shape, generator=generator) < share
-    return vaelib.image_set(torch.where(replaced, torch.randint(0, 256, pixels.shape, generator=generator, dtype=torch.uint8), pixels))
+    return vaelib.image_set(
+        torch.where(replaced, torch.randint(0, 256, pixels.shape, generator=generator, dtype=torch.uint8), pixels)
+    )
 
 
 def compressed(model, images):
@@ -163,7 +166,11 @@ def compressed(model, images):
 def outside_row(seed, *_):
     """Trained on Fashion-MNIST for three epochs: which of several scores tells its test images from those of MNIST, and how well."""
     train, count = vaelib.load_images("fashion-mnist"), 500
-    sets = {"inside": vaelib.load_images("fashion-mnist", "test"), "outside": vaelib.load_images("mnist", "test"), "training": train}
+    sets = {
+        "inside": vaelib.load_images("fashion-mnist", "test"),
+        "outside": vaelib.load_images("mnist", "test"),
+        "training": train,
+    }
     sets = {name: drawn(images, count) for name, images in sets.items()}
     metrics = {}
     for name, likelihood in LIKELIHOODS.items():
@@ -180,7 +187,9 @@ def outside_row(seed, *_):
             "complexity": {key: value + compressed(model, sets[key]) for key, value in log_p.items()},
         }
         truth = torch.cat([torch.ones(count), torch.zeros(count)])
-        refined = {key: inference_gaps(model, sets[key][:100], 200).log_likelihood - log_p[key][:100] for key in ("inside", "outside")}
+        refined = {
+            key: inference_gaps(model, sets[key][:100], 200).log_likelihood - log_p[key][:100] for key in ("inside", "outside")
+        }
         both = torch.cat([log_p["inside"], log_p["outside"]])
         ends = [int(both.quantile(0.005)) - 1, int(both.max()) + 1]  # of the histogram
         metrics[name] = {
