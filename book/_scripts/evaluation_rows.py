@@ -3,7 +3,7 @@ that are missing.
 
 `model.seed-1` and `model.seed-2` train the chapter's model again and score it as the chapter does; `objectives.seed-0` to `-2` train it
 shortly on three objectives, whose means and standard deviations over the seeds go to `objectives`; `outside.seed-0` to `-2` train it
-shortly on Fashion-MNIST and score MNIST under it. Models stay in runs/evaluation, so that a run that was cut off goes on. The records
+shortly on Fashion-MNIST and score MNIST under it, with means over the seeds in `outside`. Models stay in runs/evaluation, so that a run that was cut off goes on. The records
 go to results/evaluation-rows.json: command, commit, versions, hardware, seconds and scores. Seconds of trainings are those of the
 processor.
 """
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "evaluation-rows.json"
 ROWS = (
     "model.seed-1", "model.seed-2", "objectives.seed-0", "objectives.seed-1", "objectives.seed-2", "objectives",
-    "outside.seed-0", "outside.seed-1", "outside.seed-2",
+    "outside.seed-0", "outside.seed-1", "outside.seed-2", "outside",
 )  # fmt: skip
 LIKELIHOODS = {"bernoulli": "bernoulli", "levels": "discretized_logistic"}
 OBJECTIVES = {"elbo": {}, "iwae": {"objective": "iwae", "num_samples": 5}, "dreg": {"objective": "dreg", "num_samples": 5}}
@@ -207,12 +207,13 @@ def outside_row(seed, *_):
     return metrics | {"count": count, "num_samples": 200, "epochs": 3, "perturbed": 0.2}
 
 
-def summary(rows):
-    """Mean and standard deviation over the seeds, of each score of each objective, and the seconds of all."""
-    records = [row for key, row in rows.items() if key.startswith("objectives.")]
+def summary(kind, rows):
+    """Mean and standard deviation over the seeds, of each score of each objective or likelihood, and the seconds of all."""
+    records = [row for key, row in rows.items() if key.startswith(f"{kind}.")]
     scores = {}
-    for name in OBJECTIVES:
+    for name in {"objectives": OBJECTIVES, "outside": LIKELIHOODS}[kind]:
         runs = [record["metrics"][name] for record in records]
+        runs = [run["auroc"] if kind == "outside" else run for run in runs]
         values = {score: torch.tensor([float(run[score]) for run in runs]) for score in runs[0]}
         scores[name] = {score: {"mean": value.mean().item(), "deviation": value.std().item()} for score, value in values.items()}
     return scores, sum(record["seconds"] for record in records)
@@ -233,7 +234,7 @@ def main():
             metrics = {"model": model_row, "objectives": objectives_row, "outside": outside_row}[kind](int(seed), train, test)
             seconds = time.perf_counter() - began
         else:
-            metrics, seconds = summary(json.loads(LEDGER.read_text()))
+            metrics, seconds = summary(kind, json.loads(LEDGER.read_text()))
         record = entry(f"python book/_scripts/evaluation_rows.py {name}", int(seed or 0), seconds, metrics)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
         LEDGER.write_text(json.dumps(done | {name: record}, indent=2) + "\n")
