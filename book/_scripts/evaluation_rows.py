@@ -2,10 +2,9 @@
 that are missing.
 
 `model.seed-1` and `model.seed-2` train the chapter's model again and score it as the chapter does; `objectives.seed-0` to `-2` train it
-shortly on three objectives, whose means and standard deviations over the seeds go to `objectives`; `outside.seed-0` to `-2` train it
-shortly on Fashion-MNIST and score MNIST under it, with means over the seeds in `outside`. Models stay in runs/evaluation, so that a run that was cut off goes on. The records
-go to results/evaluation-rows.json: command, commit, versions, hardware, seconds and scores. Seconds of trainings are those of the
-processor.
+shortly on three objectives, and `outside.seed-0` to `-2` on Fashion-MNIST, to score MNIST under it; means and standard deviations over
+these seeds go to `objectives` and `outside`. Models stay in runs/evaluation, so that a run that was cut off goes on. The records go to
+results/evaluation-rows.json: command, commit, versions, hardware, seconds and scores. Seconds of trainings are those of the processor.
 """
 
 import argparse
