@@ -48,7 +48,7 @@ book: $(READY) ## render the book to _build/html/index.html
 pdf: book ## the book as one PDF, _build/vae-book.pdf (needs Chromium)
 	$(BIN)/python book/_scripts/pdf.py
 
-slides: $(READY) ## slides for teaching, a deck for each chapter, in _build/slides
+slides: book ## slides for teaching, a deck for each chapter, in _build/slides
 	$(BIN)/python book/_scripts/slides.py
 
 test-book: $(READY) ## tests on the rendered pages

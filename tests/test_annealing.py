@@ -8,7 +8,7 @@ from torch import nn
 
 import vaelib
 from vaelib.book.oracles import LinearGaussian
-from vaelib.evaluation import annealed_log_likelihood, log_likelihood
+from vaelib.evaluation import annealed_log_likelihood, bidirectional_bounds, log_likelihood
 
 
 def oracle_and_vae(latent_dim, dims, scale, count, generator):
@@ -66,6 +66,51 @@ def test_the_step_size_follows_a_posterior_far_narrower_than_the_prior(generator
     from_the_prior = annealed_log_likelihood(model, pixels, num_steps=1, num_chains=200)
     assert (evidence - found).mean() < 0.1 * (evidence - from_the_prior).mean()
     assert_mean_ratio_is_one(found - evidence)
+
+
+def simulated(model, count, generator):
+    """Images drawn of the model, with the codes that they were drawn from."""
+    z = model.prior.sample(count, generator)
+    with torch.no_grad():
+        return model.likelihood.sample(model.decode(z), generator), z
+
+
+@pytest.mark.equation("reverse-annealing")
+def test_annealing_back_from_an_image_s_own_code_estimates_one_over_the_evidence(generator):
+    model, _, _ = oracle_and_vae(3, 6, 0.3, 1, generator)
+    oracle = LinearGaussian(model.decoder.head.weight.data.double(), torch.zeros(6, dtype=torch.float64), 0.3)
+    x, z = simulated(model, 300, generator)
+    evidence = oracle.log_evidence(x.flatten(1).double())
+    found = bidirectional_bounds(model, x, z, 40, 8)
+    assert found.lower.shape == found.upper.shape == (300,)
+    assert_mean_ratio_is_one(evidence - found.upper)
+    assert_mean_ratio_is_one(found.lower - evidence)
+    assert found.lower.mean() < evidence.mean() < found.upper.mean()
+
+
+def test_the_two_bounds_close_as_the_steps_grow_whatever_the_chunks(generator):
+    model, _, _ = oracle_and_vae(3, 6, 0.1, 1, generator)
+    x, z = simulated(model, 60, generator)
+    gaps = [upper - lower for lower, upper in (bidirectional_bounds(model, x, z, steps, 4) for steps in (3, 30, 300))]
+    for coarse, fine in zip(gaps, gaps[1:], strict=False):
+        gain = coarse - fine
+        assert gain.mean() > 4 * gain.std() / math.sqrt(60)
+    torch.manual_seed(1)
+    binary = vaelib.mlp_vae((1, 4, 4), (8,), 2)
+    x, z = simulated(binary, 60, generator)
+    found = bidirectional_bounds(binary, x, z, 10, 4)
+    torch.testing.assert_close(bidirectional_bounds(binary, x, z, 10, 4, batch_size=7), found, rtol=0, atol=1e-3)
+    truth = quadrature(binary, x)
+    assert_mean_ratio_is_one(truth - found.upper)
+    assert_mean_ratio_is_one(found.lower - truth)
+
+
+def test_from_a_code_that_is_no_draw_of_the_posterior_there_is_no_upper_bound(generator):
+    model, _, _ = oracle_and_vae(3, 6, 0.3, 1, generator)
+    oracle = LinearGaussian(model.decoder.head.weight.data.double(), torch.zeros(6, dtype=torch.float64), 0.3)
+    x, z = simulated(model, 300, generator)
+    excess = bidirectional_bounds(model, x, z + 5, 1, 1, leapfrog_steps=1).upper - oracle.log_evidence(x.flatten(1).double())
+    assert excess.mean() < -4 * excess.std() / math.sqrt(300)
 
 
 def quadrature(model, x):
@@ -141,6 +186,9 @@ def test_bad_arguments_are_refused(trained, images):
         (lambda: annealed_log_likelihood(trained, images, 5, 0), "num_chains: got int 0"),
         (lambda: annealed_log_likelihood(trained, images, 5, 1, 0), "batch_size: got int 0"),
         (lambda: annealed_log_likelihood(trained, images, 5, leapfrog_steps=0), "leapfrog_steps: got int 0"),
+        (lambda: bidirectional_bounds(trained, torch.zeros(2, 1, 28, 28), torch.zeros(3, 2), 5), "x, z: got"),
+        (lambda: bidirectional_bounds(trained, torch.zeros(2, 1, 28, 28), torch.zeros(2, 3), 5), "z: got"),
+        (lambda: bidirectional_bounds(score, torch.zeros(2, 1, 28, 28), torch.zeros(2, 2), 5), "expected a likelihood"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()

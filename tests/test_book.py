@@ -86,10 +86,13 @@ def printed(cell):
 def test_a_closed_form_of_the_derivation_is_written_out_beside_what_does_not_use_it(label):
     cells = chapter("elbo").cells
     place = next(i for i, cell in enumerate(cells) if f"$$ ({label})" in cell.source)
-    sides = dict(printed(cells[place + 1]))
-    assert "vaelib" not in sides["right-hand side"]
-    assert not re.search(r"log_prob|kl_divergence", sides["right-hand side"])
-    assert "log_s2" in sides["right-hand side"] or "squared" in sides["right-hand side"]
+    written = {
+        node.name: ast.unparse(node) for node in ast.parse(cells[place + 1].source).body if isinstance(node, ast.FunctionDef)
+    }
+    side = dict(printed(cells[place + 1]))["right-hand side"]
+    side = written.get(side.partition("(")[0], side)  # the formula, or the function of the cell that has it
+    assert not re.search(r"vaelib|log_prob|kl_divergence", side)
+    assert "log_var" in side or "squared" in side
     said = dict(re.findall(r"^(.+?)  +tensor\(\[(.+)\]\)$", cells[place + 1].outputs[0].text, re.MULTILINE))
     assert said["right-hand side"] == said["torch.distributions"] == said["library"]
 
@@ -109,6 +112,11 @@ def traced_numbers():
     for name in CHAPTERS + PAGES:
         for match in TRACE.finditer(prose(name)):
             yield pytest.param(match.groupdict(), id=f"{name}:{match['path']}")
+
+
+def test_the_line_that_every_student_writes_stands_in_the_chapter():
+    line = "return 0.5 * (mean**2 + log_var.exp() - 1 - log_var).sum(-1)"
+    assert sum(line in cell.source for cell in code_cells("elbo")) == 1
 
 
 def test_every_source_of_a_number_is_read():
@@ -168,10 +176,18 @@ def runs(record):
             yield from runs(value)
 
 
+OLDER = {
+    "front",
+    "mnist-features",
+    "openings",
+    "sample-rows",
+}  # runs of before this rule: pictures, a network for features, one training
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_a_number_of_the_book_was_made_by_a_commit_that_everyone_can_check_out(path):
     commits = [record["commit"] for record in runs(json.loads(path.read_text()))]
-    assert [commit for commit in commits if str(commit).endswith("+changes")] == []
+    assert any(str(commit).endswith("+changes") for commit in commits) == (path.stem in OLDER)
 
 
 @pytest.mark.parametrize("name", CHAPTERS)
@@ -335,7 +351,7 @@ def test_longer_training_takes_away_most_of_what_256_latent_dimensions_cost_and_
     assert max(trainings("784-128-256.18-epochs", "active")) < min(trainings("784-128-256", "active"))
 
 
-TAUGHT = ["cifar-conv"]  # chapters whose code is cut to the lesson; the others follow
+TAUGHT = ["elbo", "retrieval", "evaluation", "cifar-conv"]  # chapters whose code is cut to the lesson; the others follow
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
 

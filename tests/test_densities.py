@@ -193,6 +193,7 @@ def test_the_closed_forms_are_those_of_torch(generator):
     torch.testing.assert_close(StandardNormal(5).log_prob(mean), standard.log_prob(mean).sum(1))
 
 
+@pytest.mark.equation("kl-divergence")
 def test_without_a_closed_form_the_kl_is_one_draw_whose_mean_it_is(generator):
     q, z = Posterior(torch.full((1, 2), 0.5), torch.full((1, 2), -1.0)), None
     eps = torch.randn(100_000, 1, 2, generator=generator)

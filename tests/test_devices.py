@@ -148,6 +148,9 @@ FUNCTIONS = {  # of the modules below: what is called with (model, images)
     "log_likelihood": lambda m, x: vaelib.log_likelihood(m, x, 5),
     "importance_weighted_estimate": lambda m, x: vaelib.importance_weighted_estimate(m, x, 5),
     "annealed_log_likelihood": lambda m, x: evaluation.annealed_log_likelihood(m, x[:5], 3, 2, leapfrog_steps=2),
+    "bidirectional_bounds": lambda m, x: evaluation.bidirectional_bounds(
+        m, (x.pixels[:5] > 127).float(), torch.ones(5, m.latent_dim, device=x.pixels.device), 3, 2, leapfrog_steps=2
+    ),
     "refine_posterior": lambda m, x: evaluation.refine_posterior(m, (x.to(m.device).pixels > 127).float(), 3),
     "inference_gaps": lambda m, x: evaluation.inference_gaps(m, x[:5], 4, 3),
     "check_normalized": lambda m, x: evaluation.check_normalized(m),

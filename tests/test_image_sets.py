@@ -1,6 +1,8 @@
 """Images of one's own, from a folder, an array or a data set, are one type, which every public function takes."""
 
+import io
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -181,6 +183,32 @@ def test_a_data_set_of_any_kind_gives_the_same_pixels(kind, photographs, capfd):
     assert images.classes == (("0", "1") if kind in ("bytes", "floats") else ("no", "yes"))
     assert (images.name, images.labelled) == ("mine", True)
     assert "mine: 0 MiB" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_a_data_set_of_hugging_face_s_own_gives_images_and_classes(form):
+    datasets = pytest.importorskip("datasets", reason="reads the library's own data set: pip install datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
+    rows = []
+    for level in (0, 200, 100):
+        file = io.BytesIO()
+        Image.fromarray(np.full((9, 9), level, np.uint8)).save(file, "PNG")
+        rows.append({"image": {"bytes": file.getvalue(), "path": None}, "label": level // 200})
+    table = pyarrow.Table.from_pylist(rows, schema=features.arrow_schema)
+    dataset = datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint="rows").with_format(form)
+    images = ImageSet.from_dataset(dataset, (1, 9, 9), progress=False)
+    assert images.pixels[:, 0, 4, 4].tolist() == [0, 200, 100]
+    assert (images.classes, images.labels.tolist()) == (("dark", "light"), [0, 1, 0])
+
+
+def test_an_array_that_nobody_may_write_to_is_copied_without_a_warning():
+    array = np.full((8, 8), 7, np.uint8)
+    array.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = ImageSet.from_dataset(Pairs([(array, 0)]), (1, 8, 8), progress=False)
+    assert images.pixels.unique().tolist() == [7]
 
 
 def test_a_data_set_without_labels_and_pictures_of_other_sizes(photographs):

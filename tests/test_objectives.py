@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Independent, Normal, kl_divergence
 
-from vaelib import ElboTerms, beta_elbo, free_bits_kl, gaussian_kl, gaussian_log_density, importance_weighted_bound, loss
+from vaelib import (
+    ElboTerms,
+    beta_elbo,
+    free_bits_kl,
+    gaussian_kl,
+    gaussian_log_density,
+    importance_weighted_bound,
+    loss,
+    reparameterize,
+)
 from vaelib.objectives import gaussian_kl_per_unit
 
 
@@ -119,6 +128,37 @@ def test_gaussian_log_density_equals_torch_distributions(generator):
     torch.testing.assert_close(gaussian_log_density(z, mean, log_var), normal(mean, log_var).log_prob(z))
     with pytest.raises(ValueError, match="z, mean, log_var: got shapes"):
         gaussian_log_density(z, mean[0], log_var[0])
+
+
+def expectation(mean, log_var):
+    """E[sum(z^3)] under N(mean, exp(log_var)): the mean cubed plus three times mean and variance."""
+    return (mean**3 + 3 * mean * log_var.exp()).sum()
+
+
+@pytest.mark.equation("score-gradient")
+def test_the_score_times_f_has_the_mean_of_the_gradient(generator):
+    mean, log_var, *_ = (t.requires_grad_() for t in random_gaussians(generator, 1, 3))
+    exact = torch.autograd.grad(expectation(mean, log_var), (mean, log_var))
+    z = reparameterize(mean.expand(400_000, 3), log_var.expand(400_000, 3), generator=generator).detach()
+    each = [t.detach().expand(400_000, 3).clone().requires_grad_() for t in (mean, log_var)]
+    scores = torch.autograd.grad(gaussian_log_density(z, *each).sum(), each)
+    for gradient, score in zip(exact, scores, strict=True):
+        single = (z**3).sum(1, keepdim=True) * score
+        assert ((single.mean(0) - gradient[0]).abs() < 4 * single.std(0) / math.sqrt(len(z))).all()
+
+
+@pytest.mark.equation("path-gradient")
+def test_the_gradient_through_the_draw_has_the_mean_of_the_gradient(generator):
+    mean, log_var, *_ = (t.requires_grad_() for t in random_gaussians(generator, 1, 3))
+    exact = torch.autograd.grad(expectation(mean, log_var), (mean, log_var))
+    each = [t.detach().expand(400_000, 3).clone().requires_grad_() for t in (mean, log_var)]
+    eps = torch.randn(400_000, 3, generator=generator, dtype=torch.float64)
+    z = reparameterize(*each, eps)
+    singles = torch.autograd.grad((z**3).sum(), each)
+    by_hand = 3 * z**2, 3 * z**2 * eps * (0.5 * each[1]).exp() / 2  # ds / dlog_var is s / 2
+    for gradient, single, slope in zip(exact, singles, by_hand, strict=True):
+        torch.testing.assert_close(single, slope)
+        assert ((single.mean(0) - gradient[0]).abs() < 4 * single.std(0) / math.sqrt(len(z))).all()
 
 
 @pytest.mark.equation("two-terms")

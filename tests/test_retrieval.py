@@ -403,6 +403,25 @@ def test_ivf_pq_counts_distinct_codes(model, digits):
         LatentIndex.build(model, torch.cat([digits.pixels[:100], torch.zeros_like(digits.pixels[:400])]), method="ivf_pq")
 
 
+@pytest.mark.equation("product-quantization")
+def test_distances_of_ivf_pq_are_sums_over_pieces_to_the_nearest_centroids():
+    faiss = pytest.importorskip("faiss", reason="the approximate methods are FAISS's")
+    codes, queries = (random_codes(count, 8, seed).mean for count, seed in ((2000, 1), (5, 2)))
+    structure, _ = retrieval.extended(None, "ivf_pq", codes)
+    structure.nprobe = structure.nlist
+    distances, hits = (torch.from_numpy(part) for part in structure.search(queries.numpy(), 20))
+    centres = torch.from_numpy(structure.quantizer.reconstruct_n(0, structure.nlist))
+    centroids = torch.from_numpy(faiss.vector_to_array(structure.pq.centroids)).reshape(structure.pq.M, 256, -1)
+    lists = torch.cdist(codes, centres).argmin(1)
+    rest = codes - centres[lists]
+    of_pieces = (rest.unflatten(1, (structure.pq.M, -1))[:, :, None] - centroids).square().sum(3)  # (N, M, 256)
+    names = of_pieces.argmin(2)
+    assert structure.pq.M == 2
+    for query, found, distance in zip(queries, hits, distances, strict=True):
+        table = ((query - centres[lists[found]]).unflatten(1, (2, -1))[:, :, None] - centroids).square().sum(3)  # (20, M, 256)
+        torch.testing.assert_close(table.gather(2, names[found][:, :, None]).sum((1, 2)), distance, rtol=1e-4, atol=1e-4)
+
+
 def test_without_faiss_the_error_says_how_to_get_it(model, digits, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ValueError, match="pip install faiss-cpu"):
@@ -419,6 +438,7 @@ def labelled():
     return q, wanted, x, labels
 
 
+@pytest.mark.equation("recall-at-k")
 def test_scores_at_k_are_scikit_learn_s(labelled):
     q, wanted, x, labels = labelled
     near = nearest_neighbours(q, x, 9)

@@ -32,6 +32,7 @@ def register_kl(q: type, p: type) -> Callable[[Callable[[Any, Any], Tensor]], Ca
 
 def kl_divergence(q: Any, p: Any, z: Tensor) -> Tensor:
     """KL(q(z given x) || p(z)), nats: by latent unit, (1, N, L) or (K, N, L), where it is closed form; else at each draw, (K, N).
+    eq. kl-divergence
 
     Args:
         z: K draws of q, (K, N, L). Where there is no closed form, log q(z) - log p(z) stands for the KL, whose mean it has: one draw may
@@ -48,6 +49,7 @@ def kl_divergence(q: Any, p: Any, z: Tensor) -> Tensor:
 def reparameterize(mean: Tensor, log_var: Tensor, eps: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
     """z = mean + exp(log_var / 2) * eps with eps ~ N(0, I), differentiable in mean and log_var. eq. reparameterization
 
+    A gradient of f(z) that flows through z is that of eq. path-gradient.
     `eps` (same shape) may be given; otherwise it is drawn from `generator`.
     """
     if eps is None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from vaelib import noise
-from vaelib._validation import check_int, check_number, plain
+from vaelib._validation import check_int, check_number, describe, plain
 from vaelib.data import ImageSet
 from vaelib.densities import Posterior, kl_divergence
 from vaelib.heldout import AtLeast, evaluating, exact, heldout_elbo, latent_noise, over_images
 from vaelib.likelihoods import bits_per_dim
-from vaelib.objectives import gaussian_log_density
+from vaelib.objectives import gaussian_log_density, importance_weighted_bound
 from vaelib.vae import VAE
 
 REFINE, ANNEAL, ACCEPT = 3, 4, 5  # streams of noise beside those of `vaelib.noise`: draws for the ascent, z and momenta, acceptance
@@ -199,29 +199,84 @@ def annealed_log_likelihood(
     Raises:
         ValueError: If the model's score is no likelihood.
     """
-    for name, value in (("num_steps", num_steps), ("num_chains", num_chains), ("leapfrog_steps", leapfrog_steps)):
-        check_int(name, value)
     check_normalized(model)
-    course = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64, device="cpu").sigmoid()
-    schedule = ((course - course[0]) / (course[-1] - course[0])).tolist()
+    schedule = _schedule(num_steps, num_chains, leapfrog_steps)
 
     def measure(model: VAE, x: Tensor, keys: Tensor) -> tuple[Tensor]:
-        log_weights = _anneal(model, x, keys, schedule, num_chains, leapfrog_steps)  # (chains, N)
-        return ((torch.logsumexp(log_weights, 0) - math.log(num_chains)).float(),)
+        log_weights, _ = _anneal(model, x, keys, schedule, num_chains, leapfrog_steps)  # (chains, N)
+        return (importance_weighted_bound(log_weights).float(),)
 
     return over_images(model, images, batch_size, seed, measure)[0]
 
 
-def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chains: int, leapfrog_steps: int) -> Tensor:
-    """The log-weight of each chain, float64 (num_chains, N). Chains move in u: the noise that z is made of, or z itself.
+class BidirectionalBounds(NamedTuple):
+    """log p(x) between two bounds, for images that the model has drawn: each (N,), nats, on the CPU.
 
-    No step reads anything back from the device.
+    Attributes:
+        lower: by annealing from the prior, a lower bound in expectation. eq. annealed-importance-sampling
+        upper: by annealing back from the image's own code, an upper bound in expectation. eq. reverse-annealing
+    """
+
+    lower: Tensor
+    upper: Tensor
+
+
+def bidirectional_bounds(
+    model: VAE, x: Tensor, z: Tensor, num_steps: int = 1000, num_chains: int = 16, batch_size: int = 100, leapfrog_steps: int = 10,
+    seed: int = 0,
+) -> BidirectionalBounds:  # fmt: skip
+    """Bidirectional Monte Carlo: log p(x) of simulated images from below and from above. eq. reverse-annealing
+
+    Who draws z of the prior and then x of p(x given z) has an exact draw of p(z given x): z itself. From there chains walk back to the
+    prior, and the mean of their inverse weights is 1 / p(x) without bias, so minus its logarithm is too high on average. The step sizes
+    on the way back are those of the way there, which no chain that starts at z has moved. For images of a data set there is no such z,
+    hence no upper bound. Grosse, Ghahramani and Adams 2015; Wu, Burda, Salakhutdinov and Grosse 2017.
+
+    Args:
+        x: (N, C, H, W), drawn of p(x given z), as the likelihood's `sample` gives it.
+        z: (N, L), drawn of the prior; where the prior has ``from_noise``, the noise that it was made of, for N(0, I) the same.
+        num_steps, num_chains, leapfrog_steps: see `annealed_log_likelihood`; as many steps and chains lead back.
+        batch_size: images per chunk.
+
+    Raises:
+        ValueError: If the model's score is no likelihood, or x and z differ in number.
+    """
+    check_normalized(model)
+    schedule, batch_size = _schedule(num_steps, num_chains, leapfrog_steps), check_int("batch_size", batch_size)
+    x, z, found = x.to(model.device), z.to(model.device), []
+    model.check_input(x, validate=True)
+    model.check_code(z)
+    if len(x) != len(z):
+        raise ValueError(f"x, z: got {describe(x)} and {describe(z)}, expected as many codes as images")
+    with evaluating(model):
+        for images, codes in zip(x.split(batch_size), z.split(batch_size), strict=True):
+            keys = noise.image_keys(images.contiguous().view(torch.uint8), seed)
+            there, back = _anneal(model, images, keys, schedule, num_chains, leapfrog_steps, codes)
+            found.append(torch.stack([importance_weighted_bound(there), -importance_weighted_bound(back)]).float().cpu())
+    return BidirectionalBounds(*torch.cat(found, 1))
+
+
+def _schedule(num_steps: int, num_chains: int, leapfrog_steps: int) -> list[float]:
+    """The exponents from 0 to 1, a sigmoid's course, after a check of what they are asked for with."""
+    for name, value in (("num_steps", num_steps), ("num_chains", num_chains), ("leapfrog_steps", leapfrog_steps)):
+        check_int(name, value)
+    course = torch.linspace(-4, 4, num_steps + 1, dtype=torch.float64, device="cpu").sigmoid()
+    schedule: list[float] = ((course - course[0]) / (course[-1] - course[0])).tolist()
+    return schedule
+
+
+def _anneal(
+    model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chains: int, leapfrog_steps: int, end: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The log-weight of each chain, float64 (num_chains, N), and of the chains back from `end`, (N, L), an exact draw of the posterior.
+
+    Chains move in u: the noise that z is made of, or z itself. No step reads anything back from the device.
     """
     chains, dim, prior = PILOTS + num_chains, model.latent_dim, model.prior
     from_noise = getattr(prior, "from_noise", None)
 
-    def normal(step: int) -> Tensor:  # (chains, N, L)
-        return noise.normal_noise(keys, (chains, dim), ANNEAL, step * chains * dim).transpose(0, 1).to(x)
+    def normal(step: int, count: int) -> Tensor:  # (count, N, L)
+        return noise.normal_noise(keys, (count, dim), ANNEAL, step * chains * dim).transpose(0, 1).to(x)
 
     def score(u: Tensor) -> tuple[Tensor, Tensor]:
         """log p(x given z), (chains, N), and its gradient (chains, N, L)."""
@@ -249,17 +304,9 @@ def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chai
                 raise ValueError(f"model: got one with {found}, expected a density of continuous z: the chains follow its gradient")
             return torch.autograd.grad(log_prior.sum(), u)[0]
 
-    if from_noise is not None:
-        u = normal(0)
-    else:  # each image has a generator of its own
-        own = (torch.Generator().manual_seed(key) for key in keys.tolist())
-        u = torch.stack([prior.sample(chains, generator=generator) for generator in own], dim=1).to(x)
-    value, gradient = score(u)
-    step_size = torch.full_like(x[:, :1, 0, 0], 0.5)  # (N, 1)
-    log_weights = exact(x.new_zeros(num_chains, len(x)))
-    for step, (before, t) in enumerate(pairwise(schedule)):
-        log_weights += (t - before) * exact(value[PILOTS:])
-        new, new_value, new_gradient, momentum = u, value, gradient, normal(step + 1)
+    def move(u: Tensor, value: Tensor, gradient: Tensor, t: float, step_size: Tensor, step: int) -> tuple[Tensor, ...]:
+        """One transition that leaves p(z) p(x given z)^t as it is: u, its score, and the probability of acceptance."""
+        new, new_value, new_gradient, momentum = u, value, gradient, normal(step + 1, len(u))
         energy = energy_of(u, momentum) - t * value
         for _ in range(leapfrog_steps):
             momentum = momentum + 0.5 * step_size * (t * new_gradient + pull(new))
@@ -268,11 +315,33 @@ def _anneal(model: VAE, x: Tensor, keys: Tensor, schedule: list[float], num_chai
             momentum = momentum + 0.5 * step_size * (t * new_gradient + pull(new))
         new_energy = energy_of(new, momentum) - t * new_value
         acceptance = (energy - new_energy).exp().clamp(max=1).nan_to_num(0)  # (chains, N); NaN where the path diverged
-        moved = acceptance > noise.uniform_noise(keys, (chains,), ACCEPT, step * chains).T
-        u, gradient = (torch.where(moved[..., None], *pair) for pair in ((new, u), (new_gradient, gradient)))
-        value = torch.where(moved, new_value, value)
+        moved = acceptance > noise.uniform_noise(keys, (len(u),), ACCEPT, step * chains).T
+        u, gradient = (torch.where(moved[..., None], *pair) for pair in ((new, u), (new_gradient, gradient)))  # (chains, N, L)
+        return u, torch.where(moved, new_value, value), gradient, acceptance
+
+    if from_noise is not None:
+        u = normal(0, chains)
+    else:  # each image has a generator of its own
+        own = (torch.Generator().manual_seed(key) for key in keys.tolist())
+        u = torch.stack([prior.sample(chains, generator=generator) for generator in own], dim=1).to(x)
+    value, gradient = score(u)
+    step_size = torch.full_like(x[:, :1, 0, 0], 0.5)  # (N, 1)
+    log_weights = exact(x.new_zeros(num_chains, len(x)))
+    step_sizes = []
+    for step, (before, t) in enumerate(pairwise(schedule)):
+        log_weights += (t - before) * exact(value[PILOTS:])
+        step_sizes.append(step_size)
+        u, value, gradient, acceptance = move(u, value, gradient, t, step_size, step)
         step_size = step_size * (0.3 * (acceptance[:PILOTS].mean(0) - 0.65)).exp()[:, None]
-    return log_weights
+    back = torch.zeros_like(log_weights)
+    if end is not None:  # the same moves, each its own reverse, in the opposite order
+        u = end.expand(num_chains, *end.shape)
+        value, gradient = score(u)
+        for step in reversed(range(len(step_sizes))):
+            before, t = schedule[step : step + 2]
+            u, value, gradient, _ = move(u, value, gradient, t, step_sizes[step], len(step_sizes) + step)
+            back -= (t - before) * exact(value)
+    return log_weights, back
 
 
 def refine_posterior(

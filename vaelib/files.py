@@ -122,7 +122,8 @@ def as_pixels(what: str, image: Any, shape: tuple[int, int, int]) -> Tensor:
     if isinstance(image, Image.Image):
         return fitted(image, shape)
     try:
-        values = torch.as_tensor(image, device="cpu")
+        # a copy of an array, since data sets hand out views that nobody may write to, of which torch warns
+        values = torch.as_tensor(image.copy() if isinstance(image, np.ndarray) else image, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{what} is {describe(image)}, expected an image of Pillow, an array or a tensor") from error
     if values.shape == shape[1:] and shape[0] == 1:

@@ -93,8 +93,8 @@ def interpolate(model: VAE, a: Tensor, b: Tensor, steps: int = 10, seed: int = 0
     check_int("steps", steps, minimum=2)
     check_choice("kind", kind, ("linear", "spherical"))
     start, end = mean_code(model, "a", a, seed), mean_code(model, "b", b, seed)
-    weight = torch.linspace(0, 1, steps, device="cpu")[:, None]
-    path = torch.lerp(start.expand(steps, -1), end.expand(steps, -1), weight)
+    weight = torch.linspace(0, 1, steps, device="cpu")[:, None]  # (steps, 1)
+    path = torch.lerp(start.expand(steps, -1), end.expand(steps, -1), weight)  # (steps, L)
     lengths = start.norm(), end.norm()
     cosine = (start / lengths[0] * (end / lengths[1])).sum()
     if kind == "spherical" and cosine.abs() < 1 - 1e-6:  # False for NaN too, where a code is 0
@@ -145,7 +145,7 @@ def class_means(model: VAE, images: ImageSet) -> Tensor:
     if empty := [name for name, count in zip(images.classes, counts.tolist(), strict=True) if not count]:
         raise ValueError(f"images: got no image of {', '.join(empty)}, expected some of each class")
     total = torch.zeros(len(counts), model.latent_dim, device="cpu")
-    return total.index_add(0, images.labels.cpu(), posterior_means(model, images)) / counts[:, None]
+    return total.index_add(0, images.labels.cpu(), posterior_means(model, images)) / counts[:, None]  # (classes, L)
 
 
 def attribute_vector(model: VAE, images: ImageSet | Tensor, has: Tensor) -> Tensor:

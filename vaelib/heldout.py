@@ -99,7 +99,7 @@ def given_labels(model: VAE, images: ImageSet | Tensor, batch_size: int, seed: i
 
 def latent_noise(keys: Tensor, num_samples: int, latent_dim: int, start: int = 0) -> Tensor:
     """The noise of `num_samples` draws of z for each image, after `start` others: (K, N, L)."""
-    return noise.normal_noise(keys, (num_samples, latent_dim), noise.LATENT, start * latent_dim).transpose(0, 1)
+    return noise.normal_noise(keys, (num_samples, latent_dim), noise.LATENT, start * latent_dim).transpose(0, 1)  # (K, N, L)
 
 
 def over_images(

@@ -90,7 +90,7 @@ def top_down(decoder: TopDown, code: Tensor, features: list[Tensor] | None = Non
     Returns:
         z and the densities in the dtype of `code`.
     """
-    h = decoder.constant.expand(len(code), -1, -1, -1)
+    h = decoder.constant.expand(len(code), -1, -1, -1)  # (M, width, h, w)
     parts, posteriors, priors = [], [], []
     seen, level = h, -1
     for group, part in zip(decoder.groups, code.split(decoder.latent_dims, dim=1), strict=True):

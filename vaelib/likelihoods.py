@@ -370,7 +370,7 @@ class DiscretizedLogistic(Likelihood):
 
     def log_prob(self, x: Tensor, params: Tensor, validate: bool = True) -> Tensor:
         """Sum over pixels of log P(level): (N,), nats. eq. discretized-logistic-log-prob"""
-        location, log_scale = self.check(x, params, validate).chunk(2, dim=1)
+        location, log_scale = self.check(x, params, validate).chunk(2, dim=1)  # each (N, C, H, W)
         return logistic_log_mass(x, location, log_scale).flatten(1).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:
@@ -429,7 +429,7 @@ class DiscretizedLogisticMixture(Likelihood):
                 f"params: got {describe(params)}, expected {self.num_mixtures} * (C + 1)(C + 2) / 2 channels for some C"
             )
         params = at_least_float32(params).contiguous()  # else each row lies scattered where the channels are innermost
-        logits, *rows = params.unflatten(1, (-1, self.num_mixtures)).unbind(1)
+        logits, *rows = params.unflatten(1, (-1, self.num_mixtures)).unbind(1)  # each (N, J, H, W)
         locations, log_scales, rows = rows[:channels], rows[channels : 2 * channels], rows[2 * channels :]
         coefficients = [tuple(row.tanh() for row in rows[c * (c - 1) // 2 : c * (c + 1) // 2]) for c in range(channels)]
         return logits, list(zip(locations, log_scales, coefficients, strict=True))
@@ -442,8 +442,8 @@ class DiscretizedLogisticMixture(Likelihood):
     def log_prob(self, x: Tensor, params: Tensor, validate: bool = True) -> Tensor:
         """Sum over pixels of log sum over k of pi_k P(the pixel's levels; component k): (N,), nats."""
         logits, channels = self.split(self.check(x, params, validate))
-        values = x.split(1, dim=1)
-        log_joint = logits.log_softmax(1)
+        values = x.split(1, dim=1)  # C of (N, 1, H, W)
+        log_joint = logits.log_softmax(1)  # (N, J, H, W)
         for c, (location, log_scale, coefficients) in enumerate(channels):
             log_joint = log_joint + logistic_log_mass(values[c], self.shift(location, coefficients, values[:c]), log_scale)
         return log_joint.logsumexp(1).flatten(1).sum(1)
@@ -458,7 +458,7 @@ class DiscretizedLogisticMixture(Likelihood):
         means: list[Tensor] = []
         for location, log_scale, coefficients in channels:
             means.append(clamped_logistic_mean(self.shift(location, coefficients, means), log_scale))
-        return (logits.softmax(1).unsqueeze(1) * torch.stack(means, 1)).sum(2)
+        return (logits.softmax(1).unsqueeze(1) * torch.stack(means, 1)).sum(2)  # sum over J of (N, C, J, H, W)
 
     def sample(self, params: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """One exact draw of x (N, C, H, W): a component for each pixel, then its channels in order."""
@@ -467,9 +467,9 @@ class DiscretizedLogisticMixture(Likelihood):
         component = (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(1, keepdim=True)
         values: list[Tensor] = []
         for location, log_scale, coefficients in channels:
-            location = self.shift(location, coefficients, values).gather(1, component)
+            location = self.shift(location, coefficients, values).gather(1, component)  # (N, 1, H, W)
             values.append(logistic_level(location, log_scale.gather(1, component), generator))
-        return torch.cat(values, 1)
+        return torch.cat(values, 1)  # (N, C, H, W)
 
 
 LIKELIHOODS: dict[str, type[Likelihood]] = {

@@ -47,7 +47,7 @@ class MLPEncoder(nn.Module):
         self.head = nn.Linear(sizes[-1], 2 * check_int("latent_dim", latent_dim))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_var = self.head(self.hidden(x.flatten(1))).chunk(2, dim=1)
+        mean, log_var = self.head(self.hidden(x.flatten(1))).chunk(2, dim=1)  # each (N, L)
         return mean, log_var.clamp(-20, 20)
 
 
@@ -74,7 +74,7 @@ class MLPDecoder(nn.Module):
         self.head = nn.Linear(sizes[-1], math.prod(self.params_shape))
 
     def forward(self, z: Tensor) -> Tensor:
-        return torch.unflatten(self.head(self.hidden(z)), 1, self.params_shape)
+        return torch.unflatten(self.head(self.hidden(z)), 1, self.params_shape)  # (N, P, H, W)
 
 
 def check_latent_dim(value: int | Sequence[int]) -> tuple[int, ...]:
@@ -194,7 +194,7 @@ class ConvEncoder(nn.Module):
             self.head = nn.Conv2d(channels[-1], 2 * latent_shape[0], 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_var = self.head(self.hidden(x)).chunk(2, dim=1)
+        mean, log_var = self.head(self.hidden(x)).chunk(2, dim=1)  # each (N, L), or (N, channels, h, w)
         return mean.flatten(1), log_var.flatten(1).clamp(-20, 20)
 
 
@@ -260,7 +260,7 @@ class BottomUp(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features: list[Tensor] = []
-        h = self.stem(x)
+        h = self.stem(x)  # (N, width, H, W)
         for stage in self.stages:
             h = stage(F.avg_pool2d(h, 2) if features else h)
             features.insert(0, h)
@@ -298,7 +298,7 @@ class LatentGroup(nn.Module):
         """Activated h -> mean and log-variance of p(z_l given the latents above), each (N, L_l), and the branch's rest, for `forward`."""
         last: Any = self.prior_branch[-1]
         (weight, other), (bias, shift) = (parameter.split(self.split) for parameter in (last.weight, last.bias))
-        hidden = self.prior_branch[1:-1](active)
+        hidden = self.prior_branch[1:-1](active)  # (N, bottleneck, h, w)
         return *self.moments(F.conv2d(hidden, weight, bias)), (hidden, other, shift)
 
     def posterior(self, active: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -308,7 +308,7 @@ class LatentGroup(nn.Module):
     @staticmethod
     def moments(statistics: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-variance, flat, of a branch's output."""
-        mean, log_var = statistics.chunk(2, dim=1)
+        mean, log_var = statistics.chunk(2, dim=1)  # each (N, channels, h, w)
         return mean.flatten(1), log_var.flatten(1).clamp(-10, 10)
 
     def forward(self, h: Tensor, rest: Sequence[Tensor], z: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ class LatentGroup(nn.Module):
         """
         hidden, weight, bias = rest
         layout = torch.channels_last if hidden.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        code = z.unflatten(1, self.latent_shape).to(hidden.dtype).contiguous(memory_format=layout)
+        code = z.unflatten(1, self.latent_shape).to(hidden.dtype).contiguous(memory_format=layout)  # (N, channels, h, w)
         enter: Any = self.enter
         weight, bias = torch.cat([weight, enter.weight], dim=1), bias + enter.bias
         state: Tensor = self.block(h + F.conv2d(torch.cat([hidden, code], dim=1), weight, bias))

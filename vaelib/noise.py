@@ -37,7 +37,7 @@ def image_keys(pixels: Tensor, seed: int = 0) -> Tensor:
 def uniform_noise(keys: Tensor, shape: Sequence[int], stream: int, start: int = 0) -> Tensor:
     """Uniform numbers in (0, 1), float32 with 23 bits: (N, ...); entry i continues where `start` numbers were already used."""
     index = torch.arange(start + 1, start + 1 + math.prod(shape), device=keys.device)
-    bits = _mix(_mix(keys + stream)[:, None] + index * _GOLDEN)
+    bits = _mix(_mix(keys + stream)[:, None] + index * _GOLDEN)  # (N, numbers)
     return ((((bits >> 41) & 0x7FFFFF) + 0.5) / 2**23).float().view(len(keys), *shape)
 
 

@@ -75,7 +75,10 @@ def gaussian_kl_per_unit(
 
 
 def gaussian_log_density(z: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """log N(z; mean, exp(log_var)), diagonal: (..., L) -> (...), nats. eq. gaussian-log-density"""
+    """log N(z; mean, exp(log_var)), diagonal: (..., L) -> (...), nats. eq. gaussian-log-density
+
+    Its gradient in mean and log_var, at a z that does not depend on them, is the score of eq. score-gradient.
+    """
     check_same_shape(z=z, mean=mean, log_var=log_var)
     return -0.5 * ((z - mean) ** 2 * (-log_var).exp() + log_var + math.log(2 * math.pi)).sum(-1)
 
@@ -147,7 +150,7 @@ def doubly_reparameterized_bound(draw: Draw) -> Tensor:
     """
     log_weights = draw._replace(q=draw.gaussian("objective: got 'dreg' for").detach()).log_weights
     if draw.z.requires_grad:
-        weights = log_weights.detach().softmax(0)[..., None]
+        weights = log_weights.detach().softmax(0)[..., None]  # (K, N, 1)
         draw.z.register_hook(lambda gradient: weights * gradient)
     return importance_weighted_bound(log_weights)
 

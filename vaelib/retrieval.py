@@ -97,9 +97,8 @@ def nearest_of_few(q: Posterior, x: Posterior, side: DatabaseSide, k: int, dista
     error = rounding * ((1 + phi.norm(dim=1)) * (1 + side.norm) + side.most)
     furthest = least[:, k - 1]
     limit = furthest + 2 * error + 2**-21 * (furthest + offset.to(furthest)).abs()  # distances that round to one number are a tie
-    if len(lacking := values[least[:, -1] <= limit]):  # more candidates than were taken, many equal codes perhaps
-        kept = int((lacking <= limit[least[:, -1] <= limit, None]).sum(1).max())
-        columns = values.topk(kept, largest=False).indices
+    if (least[:, -1] <= limit).any():  # more candidates than were taken, many equal codes perhaps
+        columns = values.topk(int((values <= limit[:, None]).sum(1).max()), largest=False).indices
     columns = columns.cpu().sort(1).values  # so that a stable sort leaves ties in the order of their indices
     step = max(1, NUMBERS // (columns.shape[1] * x.mean.shape[1]))
     parts = [slice(start, start + step) for start in range(0, len(columns), step)]
@@ -116,21 +115,18 @@ def smallest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     groups = values.shape[1] // GROUP
     if groups < 4 * k:
         return tuple(values.topk(k, largest=False))  # type: ignore[return-value]
-    inside = torch.arange(groups * GROUP, device=values.device).view(groups, GROUP)
+    every = torch.arange(values.shape[1], device=values.device)
+    inside, rest = every[: groups * GROUP].view(groups, GROUP), every[groups * GROUP :].expand(len(values), -1)
     minima = values[:, : groups * GROUP].unflatten(1, (groups, GROUP)).amin(2)  # (B, groups)
-    columns = inside[minima.topk(k, largest=False).indices].flatten(1)  # (B, k * GROUP)
-    rest = torch.arange(groups * GROUP, values.shape[1], device=values.device).expand(len(values), -1)
-    columns = torch.cat([columns, rest], 1)
+    columns = torch.cat([inside[minima.topk(k, largest=False).indices].flatten(1), rest], 1)  # (B, about k * GROUP)
     least, places = values.gather(1, columns).topk(k, largest=False)
     return least, columns.gather(1, places)
 
 
 def blocks(q: Posterior, x: Posterior, distance: str, block: int) -> list[slice]:
     """Slices of the queries, so that few numbers are in memory at once."""
-    if distance == "bhattacharyya":
-        most = NUMBERS // x.mean.numel()
-    else:  # a product reads the whole database, for 16 queries in hardly more time than for one
-        most = max(16, NUMBERS // len(x.mean))
+    # a product reads the whole database, for 16 queries in hardly more time than for one
+    most = NUMBERS // x.mean.numel() if distance == "bhattacharyya" else max(16, NUMBERS // len(x.mean))
     step = max(1, min(check_int("block", block), most))
     return [slice(start, start + step) for start in range(0, len(q.mean), step)]
 
@@ -219,7 +215,7 @@ def scores(phi: Tensor, side: DatabaseSide, distance: str) -> Tensor:
     if distance == "bhattacharyya":
         (mean, variance), (x_mean, x_variance) = (part.chunk(2, 1) for part in (phi, side.psi))
         both = variance[:, None] + x_variance  # (B, N, L)
-        squared = (mean[:, None] - x_mean).square_().div_(both).sum(2)
+        squared = (mean[:, None] - x_mean).square_().div_(both).sum(2)  # (B, N)
         return squared / 4 + both.log_().sum(2) / 2 + side.bias  # log cosh((a - b) / 2) = log(e^a + e^b) - (a + b) / 2 - log 2
     return torch.addmm(side.bias, phi, side.psi.T)
 
@@ -232,12 +228,15 @@ def exact_distances(q: Posterior, x: Posterior, columns: Tensor, distance: str) 
 
 
 def precision_at_k(found: Tensor, query_labels: Tensor) -> Tensor:
-    """The share of each query's neighbours that are of its class: labels found (Q, k), labels (Q,) -> (Q,)."""
+    """The share of each query's neighbours that are of its class: labels found (Q, k), labels (Q,) -> (Q,). eq. recall-at-k"""
     return (found == query_labels[:, None]).double().mean(1)
 
 
 def recall_at_k(found: Tensor, query_labels: Tensor, labels: Tensor) -> Tensor:
-    """The share of the database's images of a query's class that were found: (Q, k), (Q,), (N,) -> (Q,)."""
+    """The share of the database's images of a query's class that were found: (Q, k), (Q,), (N,) -> (Q,). eq. recall-at-k
+
+    With R such images it is k / R times the precision, and so at most k / R, however good the search.
+    """
     return (found == query_labels[:, None]).sum(1).double() / check_relevant(query_labels, labels)
 
 
@@ -246,7 +245,7 @@ def knn_accuracy(found: Tensor, query_labels: Tensor) -> Tensor:
     k = found.shape[1]
     votes = (found[:, :, None] == found[:, None]).sum(2)  # (Q, k): how many neighbours share the class of this one
     winner = (votes * (k + 1) - torch.arange(k, device=found.device)).argmax(1, keepdim=True)
-    return (found.gather(1, winner)[:, 0] == query_labels).double()
+    return (found.gather(1, winner)[:, 0] == query_labels).double()  # (Q,)
 
 
 def average_precision(
@@ -614,7 +613,8 @@ def extended(structure: Any, method: str, codes: Tensor, known: int = 0) -> tupl
 
     A structure that is there has those of the first `known` codes, and the others are added; without one it is made, and trained on
     all. HNSW: 32 links, efConstruction 100 (Malkov and Yashunin 2020). IVF-PQ: 4 sqrt(N) lists, one byte for four latents or more
-    (Jegou, Douze and Schmid 2011).
+    (Jegou, Douze and Schmid 2011); of a code the bytes say what is left of it after the centre of its list, and the distance to a query
+    is that to what they say. eq. product-quantization
     """
     rows = by_code(codes)
     first = rows[0][rows[1]]

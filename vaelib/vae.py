@@ -105,7 +105,7 @@ class VAE(nn.Module):
     def score(self, x: Tensor, params: Tensor) -> Tensor:
         """log p(x) under the likelihood's params: x (N, C, H, W), params (K*N, P, H, W) -> (K, N), nats."""
         num_samples = len(params) // len(x)
-        repeated = x if num_samples == 1 else x.expand(num_samples, *x.shape).flatten(0, 1)
+        repeated = x if num_samples == 1 else x.expand(num_samples, *x.shape).flatten(0, 1)  # (K*N, C, H, W)
         return self.likelihood.log_prob(repeated, params, validate=False).view(num_samples, len(x))
 
     def draw(
@@ -130,7 +130,7 @@ class VAE(nn.Module):
     def draw_with(self, x: Tensor, eps: Tensor) -> Draw:
         """What `draw` does with arguments that were checked: the method that a model with several layers of latents overrides."""
         q = self.encode(x, validate=False)
-        z = q.sample(eps)
+        z = q.sample(eps)  # (K, N, L)
         return Draw(z, self.log_likelihood(x, z), q, self.prior, kl_divergence(q, self.prior, z))
 
     def elbo(

@@ -2,18 +2,22 @@
 that are missing.
 
 `model.seed-1` and `model.seed-2` train the chapter's model again and score it as the chapter does; `objectives.seed-0` to `-2` train it
-shortly on three objectives, whose means and standard deviations over the seeds go to `objectives`. Models stay in runs/evaluation, so
-that a run that was cut off goes on. The records go to results/evaluation-rows.json: command, commit, versions, hardware, seconds and
-scores. Seconds of trainings are those of the processor.
+shortly on three objectives, and `outside.seed-0` to `-2` on Fashion-MNIST, to score MNIST under it; means and standard deviations over
+these seeds go to `objectives` and `outside`. Models stay in runs/evaluation, so that a run that was cut off goes on. The records go to
+results/evaluation-rows.json: command, commit, versions, hardware, seconds and scores. Seconds of trainings are those of the processor.
 """
 
 import argparse
 import json
+import math
 import sys
 import time
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 
 import vaelib
 from vaelib.book.ledger import entry
@@ -22,7 +26,11 @@ from vaelib.heldout import observations
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "evaluation-rows.json"
-ROWS = ("model.seed-1", "model.seed-2", "objectives.seed-0", "objectives.seed-1", "objectives.seed-2", "objectives")
+ROWS = (
+    "model.seed-1", "model.seed-2", "objectives.seed-0", "objectives.seed-1", "objectives.seed-2", "objectives",
+    "outside.seed-0", "outside.seed-1", "outside.seed-2", "outside",
+)  # fmt: skip
+LIKELIHOODS = {"bernoulli": "bernoulli", "levels": "discretized_logistic"}
 OBJECTIVES = {"elbo": {}, "iwae": {"objective": "iwae", "num_samples": 5}, "dreg": {"objective": "dreg", "num_samples": 5}}
 SIZES = (1, 2, 5, 10, 20, 50, 100, 200)  # draws of an estimate of the gradient
 
@@ -32,13 +40,13 @@ def drawn(images, count):
     return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]]
 
 
-def trained(images, name, seed, epochs, **options):
+def trained(images, name, seed, epochs, likelihood="bernoulli", **options):
     """A model of the chapter and the processor's seconds of its training."""
     folder = ROOT / "runs" / "evaluation" / f"{name}-{seed}-{epochs}"
     if (folder / "seconds.txt").exists():
         return vaelib.load(folder), float((folder / "seconds.txt").read_text())
     torch.manual_seed(seed)
-    model = vaelib.mlp_vae(images.image_shape, (200, 200), 50, activation="tanh")
+    model = vaelib.mlp_vae(images.image_shape, (200, 200), 50, likelihood, activation="tanh")
     began = time.process_time()
     vaelib.fit(model, images, None, vaelib.TrainConfig(epochs=epochs, learning_rate=2e-3, seed=seed, progress=False, **options))
     seconds = time.process_time() - began
@@ -132,12 +140,79 @@ def objectives_row(seed, train, test):
     return scores
 
 
-def summary(rows):
-    """Mean and standard deviation over the seeds, of each score of each objective, and the seconds of all."""
-    records = [row for key, row in rows.items() if key.startswith("objectives.")]
+def perturbed(images, seed, share=0.2):
+    """What a background model is trained on: of each image this share of the pixels, at random, at random levels (Ren et al. 2019)."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = images.pixels
+    replaced = torch.rand(pixels.shape, generator=generator) < share
+    return vaelib.image_set(
+        torch.where(replaced, torch.randint(0, 256, pixels.shape, generator=generator, dtype=torch.uint8), pixels)
+    )
+
+
+def compressed(model, images):
+    """Nats that zlib takes for each image as the model sees it: (N,)."""
+    nats = []
+    for x, _ in observations(model, images.pixels, len(images), 0):
+        binary = model.likelihood.values == 2
+        for image in x if binary else images.pixels:
+            data = image.numpy().flatten()
+            data = np.packbits(data.astype(bool)) if binary else data
+            nats.append(8 * math.log(2) * len(zlib.compress(data.tobytes(), 9)))
+    return torch.tensor(nats)
+
+
+def outside_row(seed, *_):
+    """Trained on Fashion-MNIST for three epochs: which of several scores tells its test images from those of MNIST, and how well."""
+    train, count = vaelib.load_images("fashion-mnist"), 500
+    sets = {
+        "inside": vaelib.load_images("fashion-mnist", "test"),
+        "outside": vaelib.load_images("mnist", "test"),
+        "training": train,
+    }
+    sets = {name: drawn(images, count) for name, images in sets.items()}
+    metrics = {}
+    for name, likelihood in LIKELIHOODS.items():
+        model, seconds = trained(train, f"fashion-{name}", seed, 3, likelihood)
+        background, _ = trained(perturbed(train, seed), f"background-{name}", seed, 3, likelihood)
+        found = {key: vaelib.importance_weighted_estimate(model, images, 200) for key, images in sets.items()}
+        log_p = {key: estimate.log_likelihood for key, estimate in found.items()}
+        less = {key: vaelib.log_likelihood(background, images, 200) for key, images in sets.items()}
+        scores = {
+            "log_likelihood": log_p,
+            "elbo": {key: vaelib.heldout_elbo(model, images, 10).elbo for key, images in sets.items()},
+            "typicality": {key: -(value - log_p["training"].mean()).abs() for key, value in log_p.items()},
+            "ratio": {key: value - less[key] for key, value in log_p.items()},
+            "complexity": {key: value + compressed(model, sets[key]) for key, value in log_p.items()},
+        }
+        truth = torch.cat([torch.ones(count), torch.zeros(count)])
+        refined = {
+            key: inference_gaps(model, sets[key][:100], 200).log_likelihood - log_p[key][:100] for key in ("inside", "outside")
+        }
+        both = torch.cat([log_p["inside"], log_p["outside"]])
+        ends = [int(both.quantile(0.005)) - 1, int(both.max()) + 1]  # of the histogram
+        metrics[name] = {
+            "auroc": {score: float(roc_auc_score(truth, torch.cat([of["inside"], of["outside"]]))) for score, of in scores.items()},
+            "mean": {score: {key: value.double().mean().item() for key, value in of.items()} for score, of in scores.items()},
+            "effective_sample_size": {key: estimate.effective_sample_size.median().item() for key, estimate in found.items()},
+            "refined_gain": {key: gain.double().mean().item() for key, gain in refined.items()},
+            "compressed": {key: compressed(model, images).mean().item() for key, images in sets.items()},
+            "histogram": {
+                "ends": ends, "below": {key: int((log_p[key] < ends[0]).sum()) for key in sets},
+                "counts": {key: torch.histc(log_p[key], 40, *ends).int().tolist() for key in sets},
+            },
+            "train_seconds": seconds,
+        }  # fmt: skip
+    return metrics | {"count": count, "num_samples": 200, "epochs": 3, "perturbed": 0.2}
+
+
+def summary(kind, rows):
+    """Mean and standard deviation over the seeds, of each score of each objective or likelihood, and the seconds of all."""
+    records = [row for key, row in rows.items() if key.startswith(f"{kind}.")]
     scores = {}
-    for name in OBJECTIVES:
+    for name in {"objectives": OBJECTIVES, "outside": LIKELIHOODS}[kind]:
         runs = [record["metrics"][name] for record in records]
+        runs = [run["auroc"] if kind == "outside" else run for run in runs]
         values = {score: torch.tensor([float(run[score]) for run in runs]) for score in runs[0]}
         scores[name] = {score: {"mean": value.mean().item(), "deviation": value.std().item()} for score, value in values.items()}
     return scores, sum(record["seconds"] for record in records)
@@ -155,10 +230,10 @@ def main():
         kind, _, seed = name.partition(".seed-")
         began = time.perf_counter()
         if seed:
-            metrics = {"model": model_row, "objectives": objectives_row}[kind](int(seed), train, test)
+            metrics = {"model": model_row, "objectives": objectives_row, "outside": outside_row}[kind](int(seed), train, test)
             seconds = time.perf_counter() - began
         else:
-            metrics, seconds = summary(json.loads(LEDGER.read_text()))
+            metrics, seconds = summary(kind, json.loads(LEDGER.read_text()))
         record = entry(f"python book/_scripts/evaluation_rows.py {name}", int(seed or 0), seconds, metrics)
         done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
         LEDGER.write_text(json.dumps(done | {name: record}, indent=2) + "\n")

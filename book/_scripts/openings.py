@@ -21,7 +21,6 @@ from retrieval_rows import codes, learned
 
 import vaelib
 from vaelib.book.ledger import entry
-from vaelib.book.oracles import LinearGaussian
 from vaelib.book.plotting import PALETTE, STYLE, tile
 from vaelib.retrieval import nearest_neighbours
 from vaelib.storage import atomic, write_text
@@ -32,7 +31,7 @@ RUNS = ROOT / "runs"
 ROWS = ("vector-mixture", "spatial-mixture")  # of cifar-conv, trained by rows.py
 WIDTH = 7.6  # inches, of 100 pixels on a wide page
 SIZE = 18  # of the text, in points: 11 pixels on a phone, where a picture is 350 pixels wide
-BLUE, RED, GREEN, AMBER, INK = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[4], PALETTE[6]
+BLUE, RED, GREEN, AMBER, SKY, INK = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[4], PALETTE[5], PALETTE[6]
 
 
 def canvas(height):
@@ -57,39 +56,34 @@ def digits():
 
 
 def elbo():
-    """log p(x) over a weight of the linear-Gaussian model, and under it the ELBO of the q that is the posterior at one weight."""
-    here, far, double = 0.8, 1.9, torch.float64
+    """A line of z with its prior, and the curve of Gaussians that a decoder makes of it, among 300 points drawn of this model."""
 
-    def at(weight):
-        return LinearGaussian(torch.tensor([[weight]], dtype=double), torch.zeros(1, dtype=double), 0.6)
+    def curve(z):  # (N,) -> (N, 2)
+        return 2 * torch.stack([z.sin(), -z.cos()], -1)
 
-    def truth(weight):
-        return at(weight).log_evidence(x).mean().item()
-
-    def bound(weight):
-        return at(weight).elbo(x, q.mean, log_var).elbo.mean().item()
-
-    x = at(1.5).sample(200, torch.Generator().manual_seed(0))
-    q = at(here).posterior(x)
-    log_var = q.covariance.diagonal().log().expand_as(q.mean)
-    weights = torch.linspace(0.3, 2.4, 200).tolist()
-    upper, lower = [truth(w) for w in weights], [bound(w) for w in weights]
-    ax = plt.figure(figsize=(WIDTH, 3.6)).add_subplot()
-    ax.fill_between(weights, lower, upper, color=AMBER, alpha=0.35, lw=0)
-    ax.plot(weights, upper, color=INK, lw=4)
-    ax.plot(weights, lower, color=BLUE, lw=4)
-    ax.plot(here, truth(here), "o", color=RED, ms=13)
-    ax.text(2.38, upper[-1] + 0.12, r"$\log p(x)$", ha="right", va="bottom")
-    ax.text(1.36, bound(1.36) - 0.1, "ELBO", ha="right", va="top", color=BLUE)
-    ax.text(far, bound(1.55), "gap = KL", ha="center", va="center")
-    ax.annotate(
-        "here $q$ is\nthe posterior", (here, truth(here)), (0.95, -3.15), color=RED, ha="center", va="center",
-        arrowprops={"arrowstyle": "-", "color": RED, "lw": 2, "shrinkB": 8},
-    )  # fmt: skip
-    ax.figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
-    ax.set(xlabel="a weight of the model", ylabel="nats", xticks=[], yticks=[], ylim=(-3.7, -1.6))
-    kl = at(far).posterior_kl(x, q.mean, log_var).mean().item()
-    return {"touch": {"log_evidence": truth(here), "elbo": bound(here)}, "far": {"gap": truth(far) - bound(far), "kl": kl}}
+    deviation, codes = 0.4, [-2, -1, 0, 1, 2]
+    noise = torch.Generator().manual_seed(0)
+    z = torch.randn(300, generator=noise, dtype=torch.float64)
+    points = curve(z) + deviation * torch.randn(300, 2, generator=noise, dtype=torch.float64)
+    ax = canvas(3.6)
+    line, unit, ground = torch.linspace(-2.9, 2.9, 200), 0.47, 0.95  # inches of one z; height of the axis
+    left, right, middle, scale = 1.5, 5.85, 1.78, 0.57  # centres of the halves, inches of one x
+    ax.fill_between(left + unit * line, ground, ground + 1.5 * (-(line**2) / 2).exp(), color="#DDDDDD", lw=0)
+    ax.plot([left - 1.42, left + 1.42], [ground] * 2, color=INK, lw=2)
+    ax.plot(right + scale * points[:, 0], middle + scale * points[:, 1], ".", color="#999999", ms=5)
+    ax.plot(*(torch.tensor([right, middle]) + scale * curve(torch.linspace(-2.7, 2.7, 200))).T, color=INK, lw=3)
+    for value, color in zip(codes, (RED, AMBER, GREEN, SKY, BLUE), strict=True):
+        x, y = curve(torch.tensor(float(value))).tolist()
+        ax.plot(left + unit * value, ground, "o", color=color, ms=14)
+        ax.text(left + unit * value, ground - 0.2, f"{value}".replace("-", "\u2212"), ha="center", va="top")
+        ring = plt.Circle((right + scale * x, middle + scale * y), 2 * scale * deviation, fill=False, ec=color, lw=4, zorder=3)
+        ax.add_patch(ring)
+        ax.plot(right + scale * x, middle + scale * y, "o", color=color, ms=9, zorder=3)
+    ax.text(left, 2.85, "a hidden $z$", ha="center", va="center")
+    ax.text(right, 1.95, "what is\nseen, $x$", ha="center", va="center")
+    ax.annotate("", (3.95, 1.6), (3.15, 1.6), arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 3, "mutation_scale": 28})
+    ax.text(3.52, 1.9, "decoder", ha="center", va="center")
+    return {"codes": codes, "deviation": deviation, "num_points": len(points)}
 
 
 def mnist_mlp():

@@ -31,7 +31,10 @@ SOME = 1000  # queries, drawn at random, where each costs a whole ranking (mAP) 
 DISTANCES = ("euclidean", "cosine", "symmetric_kl", "bhattacharyya")
 FIXED = ("pixels", "pixels-cosine", "pca", "pca-cosine")  # nothing drawn, nothing learned: one record
 DRAWN = ("random", "random-conv", "random-conv-cosine")
-LEARNED = ("autoencoder", "autoencoder-cosine", *(f"vae-{d}" for d in DISTANCES), "contrastive", "contrastive-only")
+LEARNED = (
+    "autoencoder", "autoencoder-cosine", *(f"vae-{d}" for d in DISTANCES), "contrastive", "contrastive-only",
+    "supervised", "supervised-cosine",
+)  # fmt: skip
 ROWS = FIXED + DRAWN + LEARNED
 EVERY = [
     f"{name}.{row}{f'.{seed}' if seed else ''}"
@@ -105,13 +108,35 @@ def fit_with_contrast(model, images, config, weight, elbo=True):
             schedule.step()
 
 
+def fit_with_labels(model, images, config):
+    """Minimize the cross-entropy of a linear classifier that reads the posterior means, and throw the classifier away: what is left are
+    the penultimate features of a classifier with the VAE's encoder. No other row sees a label."""
+    noise, *orders = (torch.Generator().manual_seed(config.seed) for _ in range(3))
+    classifier = torch.nn.Linear(model.latent_dim, len(images.classes))
+    optimizer = torch.optim.Adam([*model.encoder.parameters(), *classifier.parameters()], lr=1e-3, fused=True)
+    steps = config.epochs * -(-len(images) // 256)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    for _ in range(config.epochs):
+        batches = (vaelib.minibatches(images, 256, orders[i], field=field) for i, field in enumerate(("pixels", "labels")))
+        for pixels, labels in zip(*batches, strict=True):
+            if config.flip:
+                pixels = torch.where(torch.rand(len(pixels), 1, 1, 1, generator=noise) < 0.5, pixels.flip(3), pixels)
+            features = model.encode(model.likelihood.observe(pixels, noise), False).mean
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(features), labels).backward()
+            optimizer.step()
+            schedule.step()
+
+
 def learned(name, kind, train, seed=0):
     """A trained model and the seconds that it took; kept under runs/ so that the four distances share it."""
     folder = ROOT / "runs" / "retrieval" / f"{name}-{kind}{f'-{seed}' if seed else ''}"
     if (folder / "seconds.txt").exists():
         return vaelib.load(folder), float((folder / "seconds.txt").read_text())
     model, began = build(name, seed), time.perf_counter()
-    if kind.startswith("contrastive"):
+    if kind == "supervised":
+        fit_with_labels(model, train, train_config(name, seed))
+    elif kind.startswith("contrastive"):
         fit_with_contrast(model, train, train_config(name, seed), CONTRAST[name], elbo=kind == "contrastive")
     else:
         vaelib.fit(model, train, None, train_config(name, seed, beta=0.0 if kind == "autoencoder" else 1.0, progress=False))

@@ -1,6 +1,6 @@
-"""Slides for teaching, made from the chapters: _build/slides/index.html and one deck for each chapter.
+"""Slides for teaching, made from the built chapters (`make book`): _build/slides/index.html and one deck for each.
 
-python book/_scripts/slides.py [--out FOLDER] [CHAPTER ...]
+python book/_scripts/slides.py [--html FOLDER] [--out FOLDER] [CHAPTER ...]
 
 What goes on a slide follows from a chapter's structure. A section opens with its heading and its first sentences. Each numbered
 equation, list, table and listing stands under the sentence that leads to it, with what the cell after it printed where there is room;
@@ -16,33 +16,29 @@ import struct
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from urllib.parse import urljoin
 
-import nbformat
 import yaml
-from markdown_it import MarkdownIt
-from mdit_py_plugins.colon_fence import colon_fence_plugin
-from mdit_py_plugins.dollarmath import dollarmath_plugin
-from mdit_py_plugins.myst_blocks import myst_block_plugin
-from mdit_py_plugins.myst_role import myst_role_plugin
-from pybtex.database import parse_file
-from pygments import highlight
+from bs4 import BeautifulSoup, Comment
 from pygments.formatters import HtmlFormatter
-from pygments.lexers import get_lexer_by_name
 
 from vaelib.storage import atomic, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOK = ROOT / "book"
 VENDOR = ["reveal.js", "reveal.css", "tex-svg-full.js"]
-LEFT_OUT = ["Exercises", "References"]
+LEFT_OUT = (  # of a built page
+    "#exercises, #references, script, style, iframe, details, .cell_input, .admonition, .headerlink, .section-number"
+)
 WIDTH, HEIGHT = 1280, 720  # of a slide, in pixels
 CHARACTERS = 68  # of a line of text
 ROOM = 12.5  # lines of text under a heading
 OPENING = 300  # characters of the sentences that open a section, of those that lead to an equation
 LEAD = 200
 TALL = 1.4  # a picture whose width is less than so many heights has its caption beside it
-PRINTED = (5, 20, 92)  # a table that a cell printed: least and most lines, most characters in a line
+PRINTED = (5, 20, 92)  # a table that a cell printed: least and most lines (of any table the most rows), most characters in a line
 
+COLOURS = HtmlFormatter(style="sas", nobackground=True).get_style_defs(".reveal pre")  # of listings
 STYLE = """
 :root { --ink: #1d2127; --muted: #565d67; --accent: #0f5bc4; --line: #cfd4da; --ground: #f4f6f8; }
 body, .reveal-viewport { margin: 0; background: #fff; }
@@ -73,6 +69,7 @@ body, .reveal-viewport { margin: 0; background: #fff; }
 .reveal figure.tall figcaption { width: 320px; align-self: center; }
 .reveal figcaption { font-size: 0.8em; color: var(--ink); }
 .reveal table { border-collapse: collapse; font-size: 0.8em; }
+.reveal caption { padding-bottom: 8px; text-align: left; }
 .reveal td, .reveal th { padding: 6px 14px; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 .reveal .title { justify-content: center; }
 .reveal .title p:last-child { margin: auto 0 0; color: var(--muted); font-size: 0.7em; }
@@ -196,15 +193,6 @@ class Slide:
         return "\n".join([f"<section{names}>", heading, *self.parts, "</section>"])
 
 
-@dataclass
-class Names:
-    """What labels stand for: words, and the address to which they lead."""
-
-    words: dict[str, str]
-    addresses: dict[str, str]
-    works: dict[str, str]  # citations
-
-
 def plain(html):
     """The words of a piece of HTML; a formula counts as what is seen of it, roughly."""
     text = re.sub(r"\\\(.*?\\\)", lambda match: "x" * (len(re.sub(r"\\[a-zA-Z]+|[{}^_\\ ]", "", match[0])) or 1), html)
@@ -216,119 +204,86 @@ def lines_of(sentences):
     return sum(-(-len(plain(sentence)) // CHARACTERS) + 0.15 for sentence in sentences)
 
 
-def link(words, address):
-    return f'<a href="{escape(address)}">{words}</a>' if address else words
+def article(page, address):
+    """The text of a built page, without what no slide shows; links lead to the published book."""
+    if not page.is_file():
+        raise FileNotFoundError(f"{page}: no such page, expected the built book: run make book first")
+    body = BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser").select_one("article.bd-article")
+    for tag in body.select(LEFT_OUT):
+        tag.decompose()
+    for text in body.find_all(string=True):
+        if isinstance(text, Comment):
+            text.extract()
+        elif "\n" in text and text.parent.name != "p" and not text.find_parent("pre"):
+            text.replace_with(text.replace("\n", " "))  # so that in a paragraph each line is a sentence
+    for tag in body.select("a[href]"):
+        tag["href"] = urljoin(address, tag["href"])
+        if tag.code or tag.img or tag.find_parent(class_="bibtex-citation") or "/glossary.html#" in tag["href"]:
+            tag.unwrap()
+    for tag in body.select(".caption-number"):
+        tag.string = f"{tag.get_text().strip().rstrip('.')}. "
+    for tag in body.select(":is(p, h1, h2, h3, h4, caption, td, th) span, :is(li, td, th) p"):
+        tag.unwrap()
+    for tag in body.select("a, code, li, tr, td, th"):
+        tag.attrs = {"href": tag["href"]} if tag.name == "a" else {}
+    return body
 
 
-def role(name, content, names):
-    """A MyST role in plain words."""
-    if name.startswith("cite"):
-        found = [names.works[key.strip()] for key in content.split(",")]
-        return escape(f"[{'; '.join(found)}]")
-    given, _, target = content.removesuffix(">").rpartition("<") if content.endswith(">") else ("", "", content)
-    if name in {"numref", "eq", "ref"}:
-        return link(escape(given.strip() or names.words[target].replace("`", "")), names.addresses.get(target, ""))
-    words = escape(given.strip() or target)
-    return words if name == "term" else f"<code>{words}</code>"
+def inner(tag):
+    return tag.decode_contents().strip()
 
 
-def parser(names):
-    """Markdown as the book uses it; roles and links between chapters become words and links between decks."""
-    md = MarkdownIt("commonmark").enable("table")
-    for plugin in (colon_fence_plugin, myst_block_plugin, myst_role_plugin):
-        md.use(plugin)
-    md.use(dollarmath_plugin, allow_labels=True)
-
-    def opened(self, tokens, place, options, env):
-        target = tokens[place].attrGet("href")
-        empty = tokens[place + 1].type == "link_close"
-        return f'<a href="{escape(names.addresses.get(target, target))}">' + (escape(names.words[target]) if empty else "")
-
-    md.add_render_rule("link_open", opened)
-    md.add_render_rule("myst_role", lambda self, tokens, i, *_: role(tokens[i].meta["name"], tokens[i].content, names))
-    md.add_render_rule("math_inline", lambda self, tokens, i, *_: f"\\({escape(tokens[i].content)}\\)")
-    md.add_render_rule("html_inline", lambda self, tokens, i, *_: "" if tokens[i].content.startswith("<!--") else tokens[i].content)
-    md.add_render_rule("softbreak", lambda *_: " ")
-    return md
-
-
-def sentences_of(md, inline):
-    """The sentences of a paragraph: one for each source line, but that a line does not end inside a link or an emphasis."""
-    found, start, depth = [], 0, 0
-    children = inline.children
-    for place, token in enumerate([*children, None]):
-        depth += token.nesting if token else 0
-        if token is None or (token.type == "softbreak" and depth == 0):
-            found.append(md.renderer.render(children[start:place], md.options, {}).strip())
-            start = place + 1
-    return [sentence for sentence in found if sentence]
+def blocks(part, folder, address):
+    """The blocks of a section, in order."""
+    for tag in part.find_all(True, recursive=False):
+        kinds = tag.get("class", [])
+        if re.fullmatch(r"h\d", tag.name):
+            label = tag.find_previous_sibling("span", id=True)
+            yield Block("heading", inner(tag), level=int(tag.name[1]), label=label["id"] if label else "")
+        elif tag.name == "p" and inner(tag):
+            yield Block("text", parts=[line.strip() for line in inner(tag).splitlines()])
+        elif tag.name in {"ul", "ol"}:
+            yield Block("list", tag.name, [inner(item) for item in tag.find_all("li", recursive=False)])
+        elif tag.name == "table":
+            rows = [str(row) for row in tag.find_all("tr")]
+            if len(rows) <= PRINTED[1]:
+                yield Block("table", str(tag.caption or ""), rows, label=tag.get("id", ""))
+        elif tag.name == "figure":
+            yield figure(tag, folder, address)
+        elif "math" in kinds:
+            yield equation(tag)
+        elif "stream" in kinds:
+            yield from printed(tag.pre.get_text())
+        elif tag.name == "div" and any(kind.startswith("highlight-") for kind in kinds):
+            if "output" not in kinds:
+                yield Block("listing", f"<pre>{inner(tag.pre)}</pre>", size=0.75 * len(tag.pre.get_text().strip().splitlines()) + 1)
+        elif tag.name in {"div", "section"}:
+            yield from blocks(tag, folder, address)
 
 
-def coloured(code, language):
-    """A listing with its words coloured, and the lines that it takes."""
-    formatter = HtmlFormatter(nowrap=True, noclasses=True, style="sas")
-    return f"<pre>{highlight(code.rstrip(), get_lexer_by_name(language), formatter).rstrip()}</pre>"
-
-
-def equation(source, label, names):
+def equation(tag):
     """A display equation with its number in the book."""
-    number = f'<span class="number">{names.words[label].removeprefix("Eq. ")}</span>' if label else ""
+    number = tag.find(class_="eqno")
+    number = f'<span class="number">{number.extract().get_text().strip("()")}</span>' if number else ""
+    source = re.fullmatch(r"\\\[(?:\\begin\{split\})?(.*?)(?:\\end\{split\})?\\\]", tag.get_text().strip(), re.DOTALL)[1].strip()
     if "qquad" in source and len(re.sub(r"\\[a-zA-Z]+|[{}^_\s]", "", source)) > 55:  # conditions go to a line of their own
-        source = rf"\begin{{gathered}}{source.strip().replace(chr(92) + 'qquad', chr(92) * 2)}\end{{gathered}}"
+        source = rf"\begin{{gathered}}{source.replace(chr(92) + 'qquad', chr(92) * 2)}\end{{gathered}}"
     rows = len(re.findall(r"\\\\(?![a-z])", source)) + 1
-    name = f' id="{label}"' if label else ""
-    html = f'<div class="equation"{name}><span>\\[{escape(source.strip())}\\]</span>{number}</div>'
+    name = f' id="{tag["id"]}"' if tag.get("id") else ""
+    html = f'<div class="equation"{name}><span>\\[{escape(source)}\\]</span>{number}</div>'
     return Block("equation", html, size=2.6 * rows + 0.8)
 
 
-def markdown_blocks(md, source, names):
-    """The blocks of a Markdown cell. Exercises and other directives are left out."""
-    tokens, place, label = md.parse(source), 0, ""
-    while place < len(tokens):
-        token, end = tokens[place], place
-        if token.nesting == 1:
-            end = next(i for i in range(place, len(tokens)) if tokens[i].level == token.level and tokens[i].nesting == -1)
-        html = md.renderer.render(tokens[place : end + 1], md.options, {})
-        if token.type == "myst_target":
-            label = token.content
-        elif token.type == "heading_open":
-            words = md.renderer.render(tokens[place + 1].children, md.options, {})
-            yield Block("heading", words, level=int(token.tag[1]), label=label)
-            label = ""
-        elif token.type == "paragraph_open":
-            yield Block("text", parts=sentences_of(md, tokens[place + 1]))
-        elif token.type in {"bullet_list_open", "ordered_list_open"}:
-            items = re.findall(r"<li>\s*(.*?)\s*</li>", html, re.DOTALL)
-            yield Block("list", token.tag, [re.sub(r"</?p>", "", item) for item in items])
-        elif token.type.startswith("math_block"):
-            yield equation(token.content, token.info if token.type == "math_block_label" else "", names)
-        elif token.type == "fence" and re.fullmatch(r"\w+", token.info):
-            yield Block("listing", coloured(token.content, token.info), size=0.75 * len(token.content.splitlines()) + 1)
-        elif token.type == "colon_fence" and token.info.startswith("{figure-md}"):
-            alt, path, caption = re.fullmatch(r"!\[(.*?)\]\((.*?)\)\s+(.*)", token.content.strip(), re.DOTALL).groups()
-            yield figure(token.info.split()[1], (BOOK / path).read_bytes(), alt, md.renderInline(caption.strip()), names)
-        elif token.type == "table_open":
-            yield Block("table", parts=re.findall(r"<tr>.*?</tr>", html, re.DOTALL))
-        place = end + 1
-
-
-def figure(name, data, alt, caption, names):
-    """A figure, from its PNG file, with its caption."""
-    width, height = struct.unpack(">II", data[16:24])
+def figure(tag, folder, address):
+    """A figure with its number and caption; of one to touch the still picture, and a caption that says where it can be touched."""
+    name, source, caption = tag["id"], tag.img["src"], tag.find_all("figcaption")[-1].p
+    data = base64.b64decode(source.partition(",")[2]) if source.startswith("data:") else (folder / source).read_bytes()
+    words = inner(caption) + (f' <a href="{address}#{name}">Touch it in the book.</a>' if tag.find(class_="vaelib-widget") else "")
+    width, height = struct.unpack(">II", data[16:24])  # of a PNG file
     tall = ' class="tall"' if width < TALL * height else ""
-    caption = f"{names.words[name]}. {caption}"
-    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    html = f'<figure id="{name}"{tall}><img src="{source}" alt="{escape(alt)}"><figcaption>{caption}</figcaption></figure>'
-    return Block("figure", html, size=ROOM if tall else min(8.5, max(5, 26 * height / width)) + len(plain(caption)) / 100 + 0.6)
-
-
-def drawn(cell, output, names, site):
-    """The figure that a cell draws; of one to touch the still picture, and a caption that says where it can be touched."""
-    said = cell.metadata["mystnb"]
-    name, caption = said["figure"]["name"], escape(said["figure"]["caption"], quote=False)
-    if "text/html" in output["data"]:
-        caption += f" {link('Touch it in the book.', f'{site}#{name}')}"
-    return figure(name, base64.b64decode(output["data"]["image/png"]), said["image"]["alt"], caption, names)
+    source, alt = f"data:image/png;base64,{base64.b64encode(data).decode()}", escape(tag.img["alt"])
+    html = f'<figure id="{name}"{tall}><img src="{source}" alt="{alt}"><figcaption>{words}</figcaption></figure>'
+    return Block("figure", html, size=ROOM if tall else min(8.5, max(5, 26 * height / width)) + len(plain(words)) / 100 + 0.6)
 
 
 def printed(text):
@@ -337,20 +292,6 @@ def printed(text):
         lines = [line.rstrip() for line in piece.splitlines()]
         size = 0.75 * len(lines) + 0.3
         yield Block("printed", f'<pre class="printed">{escape(chr(10).join(lines), quote=False)}</pre>', lines, size=size)
-
-
-def blocks(notebook, names, site):
-    """All blocks of a chapter, in order."""
-    md = parser(names)
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            yield from markdown_blocks(md, cell.source, names)
-            continue
-        for output in cell.get("outputs", []):
-            if "image/png" in output.get("data", {}):
-                yield drawn(cell, output, names, site)
-            elif output.output_type == "stream":
-                yield from printed(output.text)
 
 
 def opening(sentences, limit):
@@ -373,14 +314,14 @@ def lines_of_row(row):
 
 
 def parted(block, room):
-    """A list or a table as blocks of about equal size that each leave room on a slide; each part of a table has its head."""
+    """A list or a table as blocks of about equal size that each leave room on a slide; each part of a table has its head and caption."""
     if block.kind not in {"list", "table"}:
         yield block
         return
     head = block.parts[0] if block.kind == "table" else ""
     items = block.parts[1:] if head else block.parts
     sizes = [lines_of_row(item) if head else lines_of([item]) + 0.2 for item in items]
-    room -= lines_of_row(head) if head else 0
+    room -= lines_of_row(head) + lines_of([block.html]) if head else 0
     share = sum(sizes) / -(-sum(sizes) // room)
     groups, used = [[]], 0
     for item, size in zip(items, sizes, strict=True):
@@ -388,9 +329,10 @@ def parted(block, room):
             groups.append([])
         groups[-1].append(item)
         used += size
-    for group in groups:
+    for number, group in enumerate(groups):
         if head:
-            html = f"<table>\n<thead>\n{head}\n</thead>\n<tbody>\n{chr(10).join(group)}\n</tbody>\n</table>"
+            name = f' id="{block.label}"' if block.label and number == 0 else ""
+            html = f"<table{name}>\n{block.html}<thead>\n{head}\n</thead>\n<tbody>\n{chr(10).join(group)}\n</tbody>\n</table>"
         else:
             html = "\n".join([f"<{block.html}>", *(f"<li>{item}</li>" for item in group), f"</{block.html}>"])
         yield Block(block.kind, html, group, size=share)
@@ -424,7 +366,7 @@ def arrange(pieces, foot):
             begin(block.html, starts=True, kind="title")
         elif block.kind == "heading":
             if block.level == 2:
-                section, skipped = block.html, block.html in LEFT_OUT
+                section, skipped = block.html, False
             if not skipped:
                 empty = block.level > 2 and not slides[-1].parts and slides.pop()
                 begin(block.html, section if block.level > 2 else "", block.label, block.level == 2 or bool(empty and empty.starts))
@@ -456,64 +398,20 @@ def arrange(pieces, foot):
                 place(block, lead)
         else:
             for number, part in enumerate(parted(block, max(ROOM - lines_of(lead), ROOM / 2))):
+                slides[-1].room = 0 if number else slides[-1].room
                 place(part, lead if number == 0 else [])
     slides[0].parts.append(f"<p>{foot}</p>")
     return slides
 
 
-def authors_of(entry):
-    """Who wrote a work, by family names."""
-    people = [" ".join(map(str, person.rich_prelast_names + person.rich_last_names)) for person in entry.persons["author"]]
-    return " and ".join(people) if len(people) < 3 else f"{people[0]} et al."
-
-
 def chapters():
-    """The chapters by name, in the order of the book."""
+    """The names of the chapters, in the order of the book."""
     contents = yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8"))
-    numbered = [part["chapters"] for part in contents["parts"] if part.get("numbered")]
-    return {page["file"]: nbformat.read(BOOK / f"{page['file']}.ipynb", as_version=4) for part in numbered for page in part}
+    return [page["file"] for part in contents["parts"] if part.get("numbered") for page in part["chapters"]]
 
 
-def labels(book, site):
-    """What each label of the chapters stands for, numbered as the book does, and where it leads."""
-    words, addresses = {}, {}
-    for place, (name, notebook) in enumerate(book.items(), start=1):
-        text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-        figures, without_slide, at_exercises = [], [], False
-        for cell in notebook.cells:
-            said = cell.metadata.get("mystnb", {}).get("figure", {})
-            found = [said["name"]] if said else re.findall(r"^:::\{figure-md\} (\S+)", cell.source, re.MULTILINE)
-            at_exercises = at_exercises or "## Exercises" in cell.source
-            figures += found
-            without_slide += found if at_exercises else []
-        equations = re.findall(r"^\$\$ \((\S+)\)", text, re.MULTILINE)
-        exercises = re.findall(r"^:::\{exercise\}\n:label: (\S+)", text, re.MULTILINE)
-        here = {label: f"Fig. {place}.{number}" for number, label in enumerate(figures, start=1)}
-        here |= {label: f"Eq. {place}.{number}" for number, label in enumerate(equations, start=1)}
-        addresses |= {label: f"{name}.html#/{label}" for label in here}
-        addresses |= {label: f"{site}{name}.html#{label}" for label in without_slide}
-        tasks = {label: f"Exercise {place}.{number}" for number, label in enumerate(exercises, start=1)}
-        sections = dict(re.findall(r"^\((\S+)\)=\n#+ (.*)", text, re.MULTILINE))
-        addresses |= {label: f"{site}{name}.html#{label}" for label in {**tasks, **sections}}
-        words |= here | tasks | sections | {f"{name}.ipynb": re.search(r"^# (.*)", text, re.MULTILINE)[1]}
-        addresses[f"{name}.ipynb"] = f"{name}.html"
-    unnumbered = []  # figures of the pages that are no chapters
-    for page in sorted(BOOK.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        sections = dict(re.findall(r"^\((\S+)\)=\n#+ (.*)", text, re.MULTILINE))
-        for label in re.findall(r"^:name: (fig-\S+)", text, re.MULTILINE):
-            unnumbered.append(label)
-            sections[label] = f"Fig. {len(unnumbered)}"
-        words |= sections | {page.name: re.search(r"^# (.*)", text, re.MULTILINE)[1]}
-        addresses |= {label: f"{site}{page.stem}.html#{label}" for label in sections} | {page.name: f"{site}{page.stem}.html"}
-    return words, addresses
-
-
-def deck(name, notebook, names, title, site):
+def deck(slides):
     """One chapter's slides as a page."""
-    slides = arrange(
-        blocks(notebook, names, f"{site}{name}.html"), f"{escape(title)} · {link('this chapter', f'{site}{name}.html')}"
-    )
     columns = []
     for slide in slides:
         if slide.starts or not columns:
@@ -522,44 +420,49 @@ def deck(name, notebook, names, title, site):
     html = "\n".join(
         f'<section class="stack">\n{chr(10).join(column)}\n</section>' if len(column) > 1 else column[0] for column in columns
     )
-    return PAGE.format(title=plain(slides[0].title), style=STYLE, script=SCRIPT, slides=html), slides
+    return PAGE.format(title=plain(slides[0].title), style=COLOURS + STYLE, script=SCRIPT, slides=html)
 
 
-def make(out, only=()):
-    """Writes the decks, their index and what they load; returns the number of slides of each."""
+def make(folder, out, only=()):
+    """Writes the decks, their index and what they load, from the built pages in a folder; returns the number of slides of each."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
-    title, site, book = config["title"], config["html"]["baseurl"], chapters()
+    title, site, book = escape(config["title"]), config["html"]["baseurl"], chapters()
     unknown = set(only) - set(book)
     if unknown:
         raise ValueError(f"chapter: got {', '.join(sorted(unknown))}, expected some of {', '.join(book)}")
-    works = {
-        key: f"{authors_of(entry)}, {entry.fields['year']}" for key, entry in parse_file(BOOK / "references.bib").entries.items()
-    }
-    names = Names(*labels(book, site), works)
+    pages = {name: article(folder / f"{name}.html", f"{site}{name}.html") for name in book}
+    decks = {f"{site}{name}.html": f"{name}.html" for name in book}  # where a link leads that can lead to a slide
+    for name, page in pages.items():
+        places = [tag["id"] for tag in page.select("div.math[id], figure[id], table[id]")]
+        decks |= {f"{site}{name}.html#{place}": f"{name}.html#/{place}" for place in places}
     out.mkdir(parents=True, exist_ok=True)
     counts, rows = {}, []
-    for name, notebook in book.items():
-        words = names.words[f"{name}.ipynb"]
-        rows.append(f'<li><a href="{name}.html">{escape(words)}</a></li>')
-        if not only or name in only:
-            page, slides = deck(name, notebook, names, title, site)
-            write_text(out / f"{name}.html", page)
-            counts[name] = len(slides)
+    for name, page in pages.items():
+        rows.append(f'<li><a href="{name}.html">{inner(page.h1)}</a></li>')
+        if only and name not in only:
+            continue
+        for tag in page.select("a[href]"):
+            tag["href"] = decks.get(tag["href"], tag["href"])
+        address = f"{site}{name}.html"
+        slides = arrange(blocks(page, folder, address), f'{title} · <a href="{address}">this chapter</a>')
+        write_text(out / f"{name}.html", deck(slides))
+        counts[name] = len(slides)
     for file in VENDOR:
         with atomic(out / file) as partial:
             shutil.copyfile(BOOK / "_vendor" / file, partial)
-    write_text(out / "index.html", INDEX.format(title=escape(title), decks="\n".join(rows), address=site))
+    write_text(out / "index.html", INDEX.format(title=title, decks="\n".join(rows), address=site))
     return counts
 
 
 if __name__ == "__main__":
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("chapters", nargs="*", metavar="CHAPTER", help="make these alone")
+    arguments.add_argument("--html", type=Path, default=ROOT / "_build" / "html", help="the built book")
     arguments.add_argument("--out", type=Path, default=ROOT / "_build" / "slides")
     options = arguments.parse_args()
     try:
-        counts = make(options.out, options.chapters)
-    except ValueError as error:
+        counts = make(options.html, options.out, options.chapters)
+    except (ValueError, FileNotFoundError) as error:
         arguments.error(str(error))
     for name, count in counts.items():
         print(f"{options.out / name}.html: {count} slides")
