@@ -351,7 +351,7 @@ def test_longer_training_takes_away_most_of_what_256_latent_dimensions_cost_and_
     assert max(trainings("784-128-256.18-epochs", "active")) < min(trainings("784-128-256", "active"))
 
 
-TAUGHT = ["elbo", "retrieval", "evaluation"]  # chapters whose code is cut to the lesson; the others follow
+TAUGHT = ["elbo", "retrieval", "evaluation", "cifar-conv"]  # chapters whose code is cut to the lesson; the others follow
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
 
