@@ -309,6 +309,25 @@ def test_longer_training_takes_away_most_of_what_256_latent_dimensions_cost_and_
     assert max(trainings("784-128-256.18-epochs", "active")) < min(trainings("784-128-256", "active"))
 
 
+def test_what_the_chapter_says_of_learning_rates_and_beta_holds_in_each_training():
+    best = trainings("sgd-0.01", "elbo")
+    for rate in ("0.0001", "0.001", "0.1"):
+        assert max(trainings(f"sgd-{rate}", "elbo")) < min(best), rate  # 0.001 is slow, 0.1 learns next to nothing
+    assert max(trainings("sgd-0.1", "elbo")) < -200  # about independent pixels, or below
+    assert min(trainings("beta-1", "elbo")) > max(*best, *trainings("adam-0.001", "elbo"), *trainings("adam-0.06", "elbo"))
+    assert max(trainings("adam-0.06", "active")) <= 6
+    for key in ("elbo", "kl", "active"):
+        assert max(trainings("beta-4", key)) < min(trainings("beta-1", key)), key
+    assert min(trainings("784-400-20.10-epochs", "elbo")) > max(trainings("784-400-20", "elbo"))
+
+
+def test_each_doubling_of_the_hidden_layer_brings_less_than_the_one_before():
+    means = [sum(trainings(f"784-{hidden}-20", "elbo")) / 3 for hidden in (100, 200, 400, 800)]
+    gains = [after - before for before, after in zip(means, means[1:], strict=False)]
+    assert gains == sorted(gains, reverse=True)
+    assert gains[-1] > 0
+
+
 TAUGHT = ["mnist-mlp"]  # chapters whose code is cut to the lesson; the others follow
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
