@@ -39,6 +39,8 @@ ROWS |= {f"784-128-{n}.18-epochs": (((128,), n, "bernoulli", "leaky_relu"), {"ep
 ROWS |= {f"beta-{beta:g}": (((400,), 20), {"epochs": 2, "beta": beta}) for beta in (1.0, 4.0)}
 MOMENTUM = {"optimizer": "SGD", "optimizer_options": {"momentum": 0.9}}
 ROWS |= {f"sgd-{rate:g}": (((400,), 20), {"epochs": 2, "learning_rate": rate, **MOMENTUM}) for rate in (1e-4, 1e-3, 1e-2, 1e-1)}
+ROWS |= {f"adam-{rate:g}": (((400,), 20), {"epochs": 2, "learning_rate": rate}) for rate in (1e-3, 6e-2)}
+ROWS["784-400-20.10-epochs"] = (((400,), 20), {"epochs": 10})
 
 
 def scores(vae, test):
