@@ -25,7 +25,7 @@ OF_ALL = {
 }
 ESSAYS = OF_ALL["vae"]
 PARTS = {"vae": "eight", "likelihoods": "seven", "evaluation": "eight", "hierarchy": "six"}
-STUBS = {"vae": 11, "likelihoods": 9, "evaluation": 10, "hierarchy": 9}  # a class has several methods
+STUBS = {"vae": 11, "likelihoods": 10, "evaluation": 10, "hierarchy": 9}  # a class has several methods
 TABLES = {
     "kl": checks.KL_MISTAKES,
     "reparameterize": checks.REPARAMETERIZE_MISTAKES,

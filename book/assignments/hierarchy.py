@@ -22,7 +22,10 @@
 # Throughout, the model is
 #
 # $$
-# p(x, z_1, z_2) = p(z_2)\, p(z_1 \mid z_2)\, p(x \mid z_1), \qquad q(z_1, z_2 \mid x) = q(z_2 \mid x)\, q(z_1 \mid x, z_2) ,
+# \begin{aligned}
+# p(x, z_1, z_2) &= p(z_2)\, p(z_1 \mid z_2)\, p(x \mid z_1) , \\
+# q(z_1, z_2 \mid x) &= q(z_2 \mid x)\, q(z_1 \mid x, z_2) ,
+# \end{aligned}
 # $$
 #
 # with $p(z_2) = \mathcal N(0, I)$; each other density of a latent is a diagonal Gaussian, given by its mean and `log_var`, the logarithm of its variance.
@@ -495,10 +498,10 @@ if ready:
         x = binary.observe(test.pixels, g).flatten(1).repeat(10, 1)
         eps2, eps1 = noise(len(x))
         reached = layered_elbo(model, x, eps2, eps1).mean().item()
-        mean2, log_var2 = model.posterior2(x)
-        z2 = mean2 + (log_var2 / 2).exp() * eps2
-        zero = torch.zeros_like(z2)
-        rate2 = kl_between(mean2, log_var2, zero, zero).mean()
+        q2 = vaelib.Posterior(*model.posterior2(x))
+        z2 = q2.sample(eps2)
+        standard = torch.zeros(2, *z2.shape)  # mean and log_var of p(z2)
+        rate2 = kl_between(*q2, *standard).mean()
         rate1 = kl_between(*model.posterior1(x, z2), *model.prior1(z2)).mean()
         samples = ancestral(model, *noise(40)).sigmoid()
     print(f"KL of z2 {rate2:.1f} nats, of z1 {rate1:.1f} nats")
