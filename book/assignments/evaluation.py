@@ -65,10 +65,10 @@ def log_weights(log_likelihood, z, mean, log_var):
 
 
 # %%
-print(checks.check_log_weights(log_weights))
+print(checks.check_importance_weights(log_weights))
 
 # %% test="log_weights" points=14
-verdicts["log_weights"] = checks.check_log_weights(log_weights)
+verdicts["log_weights"] = checks.check_importance_weights(log_weights)
 assert verdicts["log_weights"], verdicts["log_weights"]
 print(verdicts["log_weights"])
 

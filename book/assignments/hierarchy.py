@@ -406,8 +406,8 @@ class Linear:
         return mean, torch.full_like(mean, 2 * math.log(self.scale1))
 
     def log_likelihood(self, x, z1):
-        normal = torch.distributions.Normal(z1 @ self.lower.T, self.scale)
-        return normal.log_prob(x).sum(-1)
+        pixel = torch.distributions.Normal(z1 @ self.lower.T, self.scale)
+        return pixel.log_prob(x).sum(-1)
 
 
 ready = len(verdicts) == 6 and all(verdicts.values())

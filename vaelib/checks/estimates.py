@@ -98,7 +98,7 @@ LOG_WEIGHTS_MISTAKES: Mistakes = {
 
 
 @verdict
-def check_log_weights(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> str:
+def check_importance_weights(fn: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> str:
     """Judges log_weights(log_likelihood, z, mean, log_var): (K, N), (K, N, L), (N, L), (N, L) -> (K, N), nats. eq. log-weights
 
     The prior is N(0, I), q the diagonal Gaussian of mean and log_var, z K draws of it for each image. The mistakes are in
@@ -406,7 +406,7 @@ LOG_LIKELIHOOD_MISTAKES: Mistakes = {
 }
 
 
-def near(got: Tensor, expected: Tensor) -> bool:
+def close_to(got: Tensor, expected: Tensor) -> bool:
     """Whether two estimates of ten numbers agree, to the noise of some thousand draws."""
     if got.shape != expected.shape:
         return False
@@ -427,12 +427,12 @@ def check_log_likelihood(fn: Callable[[VAE, Tensor, int], Tensor]) -> str:
     got = tensor_from(what, fn, model, x, count).detach()
     again = tensor_from(what, fn, model, x, count, seed=1).detach()
     few = tensor_from(f"log_likelihood(model, x {tuple(x.shape)}, 3)", fn, model, x, 3).detach()
-    if not near(got, truth):
+    if not close_to(got, truth):
 
         def matches(wrong: Function) -> bool:
             torch.default_generator.manual_seed(2)
             with torch.no_grad():
-                return near(got, wrong(model, x, count))
+                return close_to(got, wrong(model, x, count))
 
         if found := recognized(LOG_LIKELIHOOD_MISTAKES, matches):
             fail_by_name("log_likelihood", LOG_LIKELIHOOD_MISTAKES, found[0])
