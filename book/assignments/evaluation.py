@@ -9,7 +9,7 @@
 # You write what it takes to say how good a VAE is: importance weights and the bound that they give, how many draws count, an estimate of $\log p(x)$ that is held against the truth, and its standard error; then a prior and a posterior beyond the plain Gaussian.
 # At the end your prior trains with a model of handwritten digits, and your estimate judges it.
 #
-# **Needs.** The chapters [ELBO](../elbo.ipynb) and [Evaluation](../evaluation.ipynb), to "How many draws count"; of the first assignment the parts 1 to 3 and 5, or what they teach.
+# **Needs.** The chapters [ELBO](../elbo.ipynb) and [Evaluation](../evaluation.ipynb), to "The estimator where the truth is known"; of the first assignment the parts 1 to 3 and 5, or what they teach.
 # **Hours.** About 6: an estimate, for it was not tried with a class.
 #
 # - Replace each `raise NotImplementedError()` with your code, and each `YOUR ANSWER HERE` with your words.
