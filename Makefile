@@ -76,7 +76,7 @@ retrieval-rows: $(READY) ## the same for the retrieval tables
 gpu: $(READY) ## what waits for a GPU: tests, benchmark, missing rows, in GPU_MINUTES=12; goes on where it was cut
 	$(BIN)/python book/_scripts/gpu.py --minutes $(GPU_MINUTES)
 
-assignment: $(READY) ## write the students' notebook from its source
+assignment: $(READY) ## write the students' notebooks of the four assignments from their sources
 	$(BIN)/python book/_scripts/assignment.py
 
 features: $(READY) ## train the small classifier whose features score samples

@@ -1,10 +1,13 @@
-"""The assignment: notebooks from one source, and a grader that needs no nbgrader.
+"""The assignments: notebooks from one source each, and a grader that needs no nbgrader.
 
-    python book/_scripts/assignment.py                        write the students' notebook, book/assignments/vae-assignment.ipynb
-    python book/_scripts/assignment.py --instructor OUT       write the copy with the solutions, which nbgrader takes as its source
+    python book/_scripts/assignment.py                        write all students' notebooks, book/assignments/NAME-assignment.ipynb
+    python book/_scripts/assignment.py vae likelihoods        write these
+    python book/_scripts/assignment.py --instructor OUT --of NAME    write the copy with the solutions (of vae, unless NAME is given),
+                                                              which nbgrader takes as its source
     python book/_scripts/assignment.py --grade NOTEBOOK       run a submission and print its points; --json for machines
 
-The source is book/assignments/vae.py; its first cell says what the cells are. A submission is run with your rights.
+The sources are book/assignments/NAME.py; the first cell of vae.py says what the cells are. To which assignment a submission belongs, its
+cells say. A submission is run with your rights.
 """
 
 import argparse
@@ -23,8 +26,18 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from vaelib.storage import atomic
 
 BOOK = Path(__file__).resolve().parents[1]
-SOURCE = BOOK / "assignments" / "vae.py"
-STUDENT = BOOK / "assignments" / "vae-assignment.ipynb"
+LADDER = ("vae", "likelihoods", "evaluation", "hierarchy")  # in the order in which they are handed out
+
+
+def source_of(name):
+    return BOOK / "assignments" / f"{name}.py"
+
+
+def student_of(name):
+    return BOOK / "assignments" / f"{name}-assignment.ipynb"
+
+
+SOURCE, STUDENT = source_of("vae"), student_of("vae")
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -101,6 +114,23 @@ def grade_id(cell):
     """nbgrader's name of a cell; its id, which is the same, where the metadata was lost."""
     metadata = cell.metadata.get("nbgrader")
     return str(metadata["grade_id"] if isinstance(metadata, dict) and metadata.get("grade_id") else cell.get("id"))
+
+
+def assignment_of(submission):
+    """The name of the assignment that a submission belongs to: the one most of whose own cells it has.
+
+    Raises:
+        ValueError: If it has none of any.
+    """
+    names = {grade_id(cell) for cell in submission.cells}
+    shared = {}
+    for name in LADDER:
+        own = {cell.id for role, _, cell in read_source(source_of(name)) if role in ("answer", "test", "essay")}
+        shared[name] = len(own & names) / len(own)
+    best = max(LADDER, key=shared.__getitem__)
+    if not shared[best]:
+        raise ValueError(f"got a notebook with no cell of an assignment, expected one of {', '.join(LADDER)}")
+    return best
 
 
 def restored(submission, path=SOURCE):
@@ -197,6 +227,7 @@ def grade(submission, execute, path=SOURCE):
         if role in ("test", "essay"):
             tasks.append(row)
     return {
+        "assignment": path.stem,
         "points": sum(row["points"] or 0 for row in tasks),
         "by_hand": sum(row["of"] for row in tasks if row["points"] is None),
         "of": sum(row["of"] for row in tasks),
@@ -226,27 +257,40 @@ def write(notebook, path):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(LADDER)}; all where none is given")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--instructor", type=Path, metavar="OUT", help="write the copy with the solutions")
     what.add_argument("--grade", type=Path, metavar="NOTEBOOK", help="run a submission and print its points")
+    parser.add_argument("--of", choices=LADDER, metavar="NAME", help="of which assignment --instructor writes the copy (vae)")
     parser.add_argument("--json", action="store_true", help="print the points as JSON")
     parser.add_argument("--timeout", type=int, default=300, help="seconds for each cell of a submission (300)")
     options = parser.parse_args(arguments)
+    if unknown := [name for name in options.names if name not in LADDER]:
+        parser.error(f"NAME: got {', '.join(unknown)}, expected some of {', '.join(LADDER)}")
+    if options.names and (options.instructor or options.grade):
+        parser.error("NAME: got a name beside --instructor or --grade, expected none; --of NAME says whose copy to write")
+    if options.of and not options.instructor:
+        parser.error("--of: got no --instructor OUT, which it belongs to")
     if options.grade:
         try:
             submission = nbformat.read(options.grade, as_version=4)
         except (OSError, ValueError, nbformat.ValidationError) as error:
             parser.error(f"--grade: got {options.grade}, expected a notebook ({str(error).splitlines()[0]})")
-        report = grade(submission, lambda notebook: run(notebook, options.grade.resolve().parent, options.timeout))
-        print(json.dumps(report, indent=2) if options.json else told(report))
+        try:
+            source = source_of(assignment_of(submission))
+        except ValueError as error:
+            parser.error(f"--grade {options.grade}: {error}")
+        report = grade(submission, lambda notebook: run(notebook, options.grade.resolve().parent, options.timeout), source)
+        print(json.dumps(report, indent=2) if options.json else f"assignment {report['assignment']}\n{told(report)}")
     elif options.instructor:
         if options.instructor.resolve().parent == STUDENT.parent:
             parser.error(
                 f"--instructor: got {options.instructor}, expected a place outside {STUDENT.parent.name}, where stubs are kept"
             )
-        write(instructor_notebook(), options.instructor)
+        write(instructor_notebook(source_of(options.of or "vae")), options.instructor)
     else:
-        write(student_notebook(), STUDENT)
+        for name in options.names or LADDER:
+            write(student_notebook(source_of(name)), student_of(name))
 
 
 if __name__ == "__main__":

@@ -71,9 +71,8 @@ def checkout(folder):
 def solved(path, folder):
     """The instructor's copy of an assignment: the students' stops at the first part that is not written yet."""
     out = folder / path.name
-    subprocess.run(
-        [sys.executable, ROOT / "book" / "_scripts" / "assignment.py", "--instructor", out], check=True, capture_output=True
-    )
+    script, name = ROOT / "book" / "_scripts" / "assignment.py", path.stem.removesuffix("-assignment")
+    subprocess.run([sys.executable, script, "--instructor", out, "--of", name], check=True, capture_output=True)
     return out
 
 

@@ -1,7 +1,8 @@
 # %% [markdown] teacher="notes"
-# For teachers: this file is the one source of the assignment.
-# `python book/_scripts/assignment.py` writes the students' notebook from it, `--instructor OUT.ipynb` the copy with the solutions
-# for nbgrader, and `--grade NOTEBOOK` gives a submission its points without nbgrader.
+# For teachers: this file is the one source of the assignment, the first of four; the others are `likelihoods.py`, `evaluation.py` and
+# `hierarchy.py`.
+# `python book/_scripts/assignment.py` writes the students' notebooks from them, `--instructor OUT.ipynb --of NAME` the copy with the
+# solutions for nbgrader, and `--grade NOTEBOOK` gives a submission its points without nbgrader.
 #
 # It is public, solutions included.
 # Change the numbers and the questions each term, or keep a private fork.
@@ -27,7 +28,9 @@
 #
 # You write the eight parts of a VAE, and two short answers.
 # Then your parts train together on handwritten digits.
-# The chapter [ELBO](../elbo.ipynb) has the mathematics of the parts, and [MNIST](../mnist-mlp.ipynb) what the question on silent latents needs; part 8 stands on its own.
+#
+# **Needs.** The chapters [ELBO](../elbo.ipynb), which has the mathematics of the parts, and [MNIST](../mnist-mlp.ipynb), which has what the question on silent latents needs; part 8 stands on its own.
+# **Hours.** About 6: an estimate, for it was not tried with a class.
 #
 # - Replace each `raise NotImplementedError()` with your code, and each `YOUR ANSWER HERE` with your words.
 # - The cell below your code runs a *checker*.

@@ -103,13 +103,15 @@ def check_prior(prior: Any, latent_dim: int) -> str:
     "sample" (drawn from another density), "generator", "shape", "detached", "raises".
     """
 
-    def drawn(num: int, seed: int) -> Tensor:
-        return tensor_from("prior.sample", lambda: prior.sample(num, generator=torch.Generator().manual_seed(seed))).detach()
+    def drawn(num: int, seed: int, other: int = 0) -> Tensor:
+        """With a generator at `seed` and the global one at `other`."""
+        generator = torch.Generator().manual_seed(seed)
+        return tensor_from("prior.sample", lambda: prior.sample(num, generator=generator), seed=other).detach()
 
     draws = drawn(DRAWS, 0)
     if draws.shape != (DRAWS, latent_dim) or not draws.is_floating_point():
         fail(f"prior.sample({DRAWS}) gives {describe(draws)}, expected floats of shape {(DRAWS, latent_dim)}", "shape")
-    if not torch.equal(draws, drawn(DRAWS, 0)) or torch.equal(draws, drawn(DRAWS, 1)):
+    if not torch.equal(draws, drawn(DRAWS, 0, other=1)) or torch.equal(draws, drawn(DRAWS, 1)):
         fail("prior.sample: the same generator gives other codes, or another one the same: draw with the generator", "generator")
     check_log_prob("prior", prior, draws[:12].view(4, 3, latent_dim))
     check_draws("prior", draws, lambda z: tensor_from("prior.log_prob", prior.log_prob, z[:, None])[:, 0].detach())

@@ -213,7 +213,7 @@ def check_gradient(
     """
     gradients = []
     for function in (right, fn):
-        copy = {key: deepcopy(value).requires_grad_(key in learned) for key, value in case.items()}
+        copy = {key: deepcopy(value).requires_grad_() if key in learned else deepcopy(value) for key, value in case.items()}
         value = tensor_from(f"{what}, with arguments that ask for a gradient,", function, *copy.values())
         if not value.requires_grad:
             fail(f"{what}: the value is right, but no gradient flows back: detach, item, numpy or no_grad cuts it off", "detached")
