@@ -535,6 +535,13 @@ def test_what_a_task_does_without_is_noted_and_costs_nothing():
     assert report["notes"] == ["kl: the answer holds 'vaelib', which the task does without"]
 
 
+def test_an_answer_that_the_checkers_give_is_noted():
+    report = assignment.grade(solved(kl="kl = checks.terms.kl_recipe"), execute)
+    assert [note.split(", ")[0] for note in report["notes"]] == [
+        f"kl: the answer holds {word!r}" for word in ("checks.", "_recipe")
+    ]
+
+
 def test_an_essay_left_as_it_was_gets_no_points_and_a_deleted_one_neither():
     notebook = solved(**{ESSAYS[0]: " YOUR ANSWER HERE\n"})
     notebook.cells = [cell for cell in notebook.cells if cell.id != ESSAYS[1]]

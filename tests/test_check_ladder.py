@@ -278,6 +278,54 @@ def test_of_two_mistakes_both_are_named(check, names, fn):
     assert verdict.mistake == names, verdict
 
 
+def mean_by_branches(location, log_scale):
+    """Right, but exp overflows in the branch that is not taken, and the gradient is NaN."""
+    t = (levels()[1:] - 1 / 255 - location[..., None]) / log_scale.exp()[..., None]
+    return torch.where(t < 0, 1 - 0.5 * t.exp(), 0.5 * (-t).exp()).sum(-1) / 127.5 - 1
+
+
+def level(location, log_scale, uniform):
+    return ((Laplace(location, log_scale.exp()).icdf(uniform) + 1) * 127.5).round()
+
+
+def ess_of(weights):
+    return weights.sum(0) ** 2 / weights.square().sum(0)
+
+
+def estimate_by_prior(model, x, num_samples):
+    z = torch.randn(num_samples, len(x), 3)
+    return model.log_likelihood(x, z).logsumexp(0) - math.log(num_samples)
+
+
+def kl_over_deviation(m, s, prior_m, prior_s):
+    squares = (m - prior_m) ** 2 / (prior_s / 2).exp()
+    return 0.5 * (squares + (s - prior_s).exp() - 1 - s + prior_s).sum(-1)
+
+
+def paths(model, x, eps2, eps1):
+    q2 = vaelib.Posterior(*model.posterior2(x))
+    z2 = q2.sample(eps2)
+    q1 = vaelib.Posterior(*model.posterior1(x, z2))
+    return q2, z2, q1, q1.sample(eps1)
+
+
+def elbo_by_draws(model, x, eps2, eps1):
+    q2, z2, q1, z1 = paths(model, x, eps2, eps1)
+    log_p = normal(z2).sum(-1) + normal(z1, *model.prior1(z2)).sum(-1)
+    return model.log_likelihood(x, z1) + log_p - normal(z2, *q2).sum(-1) - normal(z1, *q1).sum(-1)
+
+
+def kl_over_batch(model, x, eps2, eps1, reduce):
+    q2, z2, q1, z1 = paths(model, x, eps2, eps1)
+    return model.log_likelihood(x, z1) - reduce(vaelib.gaussian_kl(*q2) + vaelib.gaussian_kl(*q1, *model.prior1(z2)))
+
+
+def evidence_with_determinant(x, upper, lower, scale1, scale, determinant):
+    covariance = lower @ (upper @ upper.T + scale1**2 * torch.eye(len(upper))) @ lower.T + scale**2 * torch.eye(len(lower))
+    squares = (torch.linalg.solve(covariance, x.T).T * x).sum(-1)
+    return -0.5 * (squares + determinant(covariance) + len(lower) * math.log(2 * math.pi))
+
+
 WRITTEN = [
     (check_optimal_scale, "detached", lambda x, m: (x - m.detach()).square().mean().sqrt()),
     (check_optimal_scale, "absolute", lambda x, m: torch.nn.functional.l1_loss(m, x)),
@@ -291,6 +339,45 @@ WRITTEN = [
     (check_log_likelihood, "raises", lambda model, x, k: model.nothing),
     (check_layered_elbo, "detached", lambda model, x, e2, e1: elbo_by_library(model, x.detach(), e2, e1)),
     (check_kl_between, "detached", lambda m, s, a, b: vaelib.gaussian_kl(m, s, a, b.detach())),
+    (check_optimal_scale, "mean-of-roots", lambda x, m: (x - m).square().mean((0, 2, 3)).sqrt().mean()),
+    (check_optimal_scale, "sum-images", lambda x, m: ((x - m).square().sum() / x[0].numel()).sqrt()),
+    (check_optimal_scale, "less-one", lambda x, m: torch.linalg.vector_norm(x - m) / math.sqrt(x.numel() - 1)),
+    (check_optimal_scale, "over-all", lambda x, m: (x - m).square().sum().sqrt() / x.numel()),
+    (check_bits_per_dim, "overflow", lambda p, shape: -torch.log2(torch.exp(p)) / math.prod(shape)),
+    (check_bits_per_dim, "batch", lambda p, shape: -p / (len(p) * math.prod(shape) * math.log(2))),
+    (check_level_mean, "overflow", mean_by_branches),
+    (check_level_mean, "edges", lambda m, s: (1 - density(m, s).cdf(levels()[1:])).sum(-1) / 127.5 - 1),
+    (check_level_mean, "flipped", lambda m, s: density(m, s).cdf(levels()[1:] - 1 / 255).sum(-1) / 127.5 - 1),
+    (check_level_draw, "wrapped", lambda m, s, u: level(m, s, u).to(torch.int64).remainder(256) / 127.5 - 1),
+    (check_level_draw, "not-clamped", lambda m, s, u: level(m, s, u).clamp(min=0) / 127.5 - 1),
+    (check_level_draw, "wrong-grid", lambda m, s, u: (Laplace(m, s.exp()).icdf(u).clamp(-1, 1) * 127.5).round() / 127.5),
+    (check_importance_weights, "at-mean", lambda p, z, m, s: p + (normal(m) - normal(z, m, s)).sum(-1)),
+    (check_importance_weights, "prior-sign", lambda p, z, m, s: p - (normal(z) + normal(z, m, s)).sum(-1)),
+    (
+        check_importance_weights,
+        "two-pi",
+        lambda p, z, m, s: p - 0.5 * z.square().sum(-1) - 0.5 * math.log(2 * math.pi) - normal(z, m, s).sum(-1),
+    ),
+    (check_effective_sample_size, "overflow", lambda w: ess_of((w - w.max()).exp())),
+    (check_effective_sample_size, "overflow", lambda w: ess_of((w - w.mean(0)).exp())),
+    (check_pooled, "overflow", lambda e, c: e.mean(0) + (c / c.sum() @ (e - e.mean(0)).exp()).log()),
+    (check_pooled, "overflow", lambda e, c: e.max() + (c / c.sum() @ (e - e.max()).exp()).log()),
+    (check_pooled, "sum-of-logs", lambda e, c: (e + c.log()[:, None]).logsumexp(0) - c.log().sum()),
+    (check_log_likelihood, "prior-draws", estimate_by_prior),
+    (check_log_likelihood, "overflow", lambda model, x, k: model.log_weights(x, k).detach().exp().mean(0).log()),
+    (check_kl_between, "constant-once", lambda m, s, a, b: vaelib.gaussian_kl(m, s, a, b) + 0.5 * (m.shape[1] - 1)),
+    (check_kl_between, "half-of-some", lambda m, s, a, b: vaelib.gaussian_kl(m, s, a, b) - 0.5 * (s - b).sum(-1)),
+    (check_kl_between, "precision-root", lambda m, s, a, b: kl_over_deviation(m, s, a, b)),
+    (check_layered_elbo, "sampled-kl", elbo_by_draws),
+    (check_layered_elbo, "batch-kl", lambda *a: kl_over_batch(*a, lambda kl: kl.sum())),
+    (check_layered_elbo, "batch-kl", lambda *a: kl_over_batch(*a, lambda kl: kl.mean())),
+    (check_layered_evidence, "overflow", lambda *a: evidence_with_determinant(*a, lambda c: torch.det(c).log())),
+    (check_layered_evidence, "two-pi", lambda *a: evidence_by_parts(*a) + 0.5 * (len(a[2]) - 1) * math.log(2 * math.pi)),
+    (check_layered_evidence, "log-det-sign", lambda *a: evidence_with_determinant(*a, lambda c: -torch.logdet(c))),
+    (check_layered_evidence, "not-squared", lambda x, up, low, s1, s: evidence_by_parts(x, up, low, s1**0.5, s)),
+    (check_layered_evidence, "scales-swapped", lambda x, up, low, s1, s: evidence_by_parts(x, up, low, s, s1)),
+    (check_ancestral, "squashed", lambda *a: ancestral_by_distributions(*a).sigmoid()),
+    (check_ancestral, "inverse", lambda model, e2, e1: model.decode((lambda m, s: m + e1 / (s / 2).exp())(*model.prior1(e2)))),
 ]
 
 
@@ -320,6 +407,32 @@ def test_trouble_in_the_student_s_code_is_told_and_a_small_error_never_passes(ch
     if check is not check_log_likelihood:
         wrongs += [lambda *a: 1.01 * right(*a), lambda *a: right(*a) + 0.01]
     assert not any(check(fn) for fn in wrongs)
+
+
+def test_what_a_function_does_to_its_images_spoils_no_later_check():
+    def shifted(model, x, num_samples):
+        x += 1.0
+        return estimate_by_distributions(model, x, num_samples)
+
+    assert check_log_likelihood(shifted).mistake == "in-place"
+    assert check_log_likelihood(estimate_by_distributions)
+
+
+def test_an_estimate_with_a_number_of_the_example_written_into_it_does_not_pass():
+    def hard_coded(model, x, num_samples):
+        estimate = estimate_by_distributions(model, x, num_samples)
+        return estimate - 3 * math.log(2 * math.pi) + x[0].numel() / 2 * math.log(2 * math.pi)
+
+    verdict = check_log_likelihood(hard_coded)
+    assert not verdict
+    assert "those of 400" in verdict.message
+
+
+def test_a_mean_on_another_grid_is_told_by_its_value_and_not_by_its_gradient():
+    edges = (2 * torch.arange(1, 128) - 128) / 127
+    verdict = check_level_mean(lambda m, s: (1 - density(m, s).cdf(edges)).sum(-1) * 2 / 127 - 1)
+    assert not verdict
+    assert "expected" in verdict.message, verdict
 
 
 def test_the_elbo_of_the_model_that_is_handed_out_lies_below_its_evidence_whatever_q_is():

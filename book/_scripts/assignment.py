@@ -222,7 +222,8 @@ def grade(submission, execute, path=SOURCE):
                 points=None if answered else 0, message="to be read" if answered else "no answer", answer=text if answered else ""
             )
         elif role == "answer":
-            used = [word for word in options.get("without", "").split() if word in written.get(cell.id, "")]
+            words = [*options.get("without", "").split(), "checks.", "_recipe"]  # the checkers know the answers
+            used = [word for word in words if word in written.get(cell.id, "")]
             notes += [f"{cell.id}: the answer holds {word!r}, which the task does without" for word in used]
         if role in ("test", "essay"):
             tasks.append(row)

@@ -16,7 +16,7 @@
 # - The cell below your code runs a *checker*, which says what is wrong, as often as you like.
 #   The cell after that gives the points, all or none; leave it as it is.
 # - The parts do not depend on each other.
-# - Unless a part says otherwise, use torch and no function of `vaelib`.
+# - Unless a part says otherwise, use torch, without `torch.distributions`, and no function of `vaelib`.
 # - Before you hand in: restart the kernel, run all cells, and read what they say.
 #
 # Throughout, $N$ is the number of images, $L$ of latents, $K$ of draws; $\log$ is natural, so the unit is the nat.

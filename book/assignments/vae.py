@@ -13,7 +13,7 @@
 # - `setup="elbo"`: the first code cell of that chapter is put here.
 # - `locked="NAME"`: code that students shall not change.
 # - `answer="NAME" without="WORDS"`: what stands between the markers is the solution.
-#   The grader says so where an answer holds one of the words; it takes no points for it.
+#   The grader says so where an answer holds one of the words, or calls the checkers; it takes no points for it.
 # - `test="NAME" points=8`: passes or raises. Hidden tests, between nbgrader's markers, stay out of the students' notebook.
 # - `essay="NAME" points=8`: a model answer to a question; the points are given by hand.
 # - `teacher="NAME"`: in no notebook.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -61,6 +60,13 @@ def both_ways(**switches: Any) -> tuple[partial[Tensor], partial[Tensor]]:
 LOG_WEIGHTS_MISTAKES: Mistakes = {
     "no-prior": ("log p(z) is missing", *both_ways(prior=0.0)),
     "no-q": ("log q(z given x) is missing: this is log p(x, z)", *both_ways(q=0.0)),
+    "prior-sign": ("log p(z) is subtracted; add it", *both_ways(prior=-1.0)),
+    "at-mean": (
+        "a density is asked at the mean of q, not at the draw z",
+        lambda p, z, m, s: log_weights_recipe(p, z, m, s) + 0.5 * (z.square() - m.square()).sum(-1),
+        lambda p, z, m, s: log_weights_recipe(p, z, m, s) - 0.5 * ((z - m).square() * (-s).exp()).sum(-1),
+        lambda p, z, m, s: p + 0.5 * (s - m.square()).sum(-1).expand_as(p),
+    ),
     "no-likelihood": ("log p(x given z) is missing", log_weights_with(likelihood=0.0)),
     "q-added": ("log q(z given x) is added; the weight is divided by q, so subtract it", *both_ways(q=-1.0)),
     "swapped": ("log p(z) and log q(z given x) are exchanged", log_weights_with(prior=-1.0, q=-1.0)),
@@ -82,8 +88,12 @@ LOG_WEIGHTS_MISTAKES: Mistakes = {
     "log-det-whole": ("log_var is not halved in log q: the normalizer has the standard deviation", log_weights_with(log_det=2.0)),
     "no-half": ("the squares are not halved in the log-densities", log_weights_with(half=1.0)),
     "two-pi": (
-        "the log of 2 pi stands in one of the two log-densities only",
+        "the log of 2 pi stands in one of the two log-densities only, or in one of them once and not for each latent",
         *(log_weights_with(two_pi=two_pi) for two_pi in ((0.0, 1.0), (1.0, 0.0))),
+        *(
+            lambda p, z, m, s, sign=sign: log_weights_recipe(p, z, m, s) + sign * (z.shape[-1] - 1) * LOG_TWO_PI / 2
+            for sign in (1, -1)
+        ),
     ),
     "mean-latents": (
         "the log-densities are averaged over the latents; add them up",
@@ -131,6 +141,21 @@ def ess_with(**switches: Any) -> partial[Tensor]:
     return partial(ess_recipe, **switches)
 
 
+def every_max(w: Tensor, axis: int, keepdim: bool = True) -> Tensor:
+    return w.max()
+
+
+def shifted_share(shift: Function) -> Function:
+    """The shares by exp of what `shift` leaves of the log-weights: finite only where that is their maximum over the draws."""
+
+    def share(w: Tensor, axis: int) -> Tensor:
+        e = (w - shift(w, 1 - axis if shift is torch.amax else axis, keepdim=True)).exp()
+        shares: Tensor = e / e.sum(axis, keepdim=True)
+        return shares
+
+    return share
+
+
 ESS_MISTAKES: Mistakes = {  # w: log_weights
     "inverse": ("this is the sum of the squared shares; the number of draws is one over it", ess_with(whole=itself)),
     "share": ("this is the share of the draws that count; give their number", ess_with(count=lambda value, k: value / k)),
@@ -164,6 +189,7 @@ ESS_MISTAKES: Mistakes = {  # w: log_weights
             ess_with(share=lambda w, axis, floor=floor: w.exp() / (w.exp().sum(axis, keepdim=True) + floor))
             for floor in (0.0, 1e-12, 1e-10, 1e-8)
         ),
+        *(ess_with(share=shifted_share(shift)) for shift in (torch.amax, every_max, torch.mean)),
     ),
     "wrong-axis": ("the sum runs over the images; it runs over the draws, axis 0", ess_with(axis=1)),
     "scalar": (
@@ -180,7 +206,8 @@ def check_effective_sample_size(fn: Callable[[Tensor], Tensor]) -> str:
     eq. effective-sample-size. The mistakes are in `ESS_MISTAKES`.
     """
     large = torch.tensor([1000.0, -1000.0]) + torch.randn(5, 2)
-    weights = (2 * torch.randn(5, 3), torch.randn(3, 4) + 1, large, torch.randn(4, 4), torch.randn(1, 3), torch.randn(6, 1))
+    wide = torch.tensor([[900.0, 1.0], [-900.0, 2.0], [899.0, 1.5]])
+    weights = (2 * torch.randn(5, 3), torch.randn(3, 4) + 1, large, torch.randn(4, 4), torch.randn(1, 3), torch.randn(6, 1), wide)
     return judge("effective_sample_size", fn, ess_recipe, ESS_MISTAKES, [{"log_weights": w} for w in weights])
 
 
@@ -203,6 +230,17 @@ def pooled_with(**switches: Any) -> partial[Tensor]:
     return partial(pooled_recipe, **switches)
 
 
+def shifted_sum(shift: Function) -> Function:
+    """logsumexp, but that `shift`, and not the maximum over the runs, is subtracted and added."""
+
+    def pool(v: Tensor, axis: int) -> Tensor:
+        by = shift(v, axis, keepdim=True)
+        value: Tensor = ((v - by).exp().sum(axis, keepdim=True).log() + by).squeeze(axis)
+        return value
+
+    return pool
+
+
 POOLED_MISTAKES: Mistakes = {
     "mean-logs": (
         "this is a mean of the logarithms; the mean of the weights belongs inside the logarithm",
@@ -220,6 +258,18 @@ POOLED_MISTAKES: Mistakes = {
         "the log of the number of runs is subtracted, not of draws",
         pooled_with(total=lambda counts: math.log(len(counts))),
     ),
+    "sum-of-logs": (
+        "the logs of the numbers of draws are added up; the log of their sum belongs there",
+        pooled_with(total=lambda counts: counts.log().sum()),
+    ),
+    "both": (
+        "the log of the number of runs is subtracted too: the number of draws is enough",
+        pooled_with(total=lambda counts: counts.sum().log() + math.log(len(counts))),
+    ),
+    "mean-count": (
+        "the log of a run's mean number of draws is subtracted, not of all",
+        pooled_with(total=lambda c: c.mean().log()),
+    ),
     "no-counts": ("the runs are not multiplied by their numbers of draws", pooled_with(weight=torch.zeros_like)),
     "counts-subtracted": ("the log of a run's draws is subtracted; add it", pooled_with(weight=lambda counts: -counts.log())),
     "no-log": (
@@ -230,6 +280,8 @@ POOLED_MISTAKES: Mistakes = {
     "overflow": (
         "exp overflows or underflows at estimates of +-1000: use torch.logsumexp",
         pooled_with(pool=lambda v, axis: v.exp().sum(axis).log()),
+        pooled_with(pool=lambda v, axis: v.double().exp().sum(axis).log().float()),
+        *(pooled_with(pool=shifted_sum(shift)) for shift in (every_max, torch.mean)),
     ),
     "scalar": (
         "this is one number for the batch; keep one for each image",
@@ -249,7 +301,10 @@ def check_pooled(fn: Callable[[Tensor, Tensor], Tensor]) -> str:
     """
     cases = [
         {"estimates": 2 * torch.randn(3, 4), "counts": torch.tensor([5, 1, 20])},
-        {"estimates": torch.randn(2, 3) + torch.tensor([1000.0, -1000.0, 0.0]), "counts": torch.tensor([7, 100])},
+        {
+            "estimates": torch.randn(2, 3) + torch.tensor([[1000.0, -1000.0, 500.0], [1000.0, -1000.0, -500.0]]),
+            "counts": torch.tensor([7, 100]),
+        },
         {"estimates": torch.randn(1, 2), "counts": torch.tensor([3])},
         {"estimates": torch.randn(4, 1), "counts": torch.tensor([2, 2, 2, 2])},
     ]
@@ -332,24 +387,23 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """x = weight z, the columns of the weight orthogonal."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, image_shape: tuple[int, int, int]) -> None:
         super().__init__()
-        self.weight = weight
+        self.weight, self.image_shape = weight, image_shape
 
     def forward(self, z: Tensor) -> Tensor:
-        return (z @ self.weight.T).view(-1, 1, 2, 3)
+        return (z @ self.weight.T).view(-1, *self.image_shape)
 
 
-@functools.cache
-def linear_example() -> tuple[VAE, Tensor, Tensor]:
-    """A linear-Gaussian VAE of three latents, images of it (10, 1, 2, 3), and their log p(x)."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.linalg.qr(torch.randn(6, 3, generator=generator))[0] * torch.tensor([1.5, 1.0, 0.7])
-    noise = torch.randn(10, 9, generator=generator)
+def linear_example(height: int = 2, width: int = 3) -> tuple[VAE, Tensor, Tensor]:
+    """A linear-Gaussian VAE of three latents, images of it (10, 1, height, width), and their log p(x)."""
+    generator, shape, pixels = torch.Generator().manual_seed(0), (1, height, width), height * width
+    weight = torch.linalg.qr(torch.randn(pixels, 3, generator=generator))[0] * torch.tensor([1.5, 1.0, 0.7])
+    noise = torch.randn(10, 3 + pixels, generator=generator)
     x = noise[:, :3] @ weight.T + 0.6 * noise[:, 3:]
-    covariance = weight @ weight.T + 0.36 * torch.eye(6)
-    truth = torch.distributions.MultivariateNormal(torch.zeros(6), covariance).log_prob(x)
-    return VAE(Encoder(weight, 0.6), Decoder(weight), Gaussian(0.6), (1, 2, 3), 3), x.view(-1, 1, 2, 3), truth
+    covariance = weight @ weight.T + 0.36 * torch.eye(pixels)
+    truth = torch.distributions.MultivariateNormal(torch.zeros(pixels), covariance).log_prob(x)
+    return VAE(Encoder(weight, 0.6), Decoder(weight, shape), Gaussian(0.6), shape, 3), x.view(-1, *shape), truth
 
 
 def likelihood_recipe(
@@ -373,6 +427,13 @@ def likelihood_with(**switches: Any) -> partial[Tensor]:
     return partial(likelihood_recipe, **switches)
 
 
+def prior_estimate(model: VAE, x: Tensor, num_samples: int) -> Tensor:
+    z = torch.randn(num_samples, len(x), model.latent_dim)
+    log_likelihood = model.likelihood.log_prob(x.repeat(num_samples, 1, 1, 1), model.decode(z.flatten(0, 1)), validate=False)
+    value: Tensor = bound_recipe(log_likelihood.view(num_samples, -1))
+    return value
+
+
 LOG_LIKELIHOOD_MISTAKES: Mistakes = {
     "elbo": (
         "the log-weights are averaged: this is the ELBO; the mean belongs inside the logarithm",
@@ -382,6 +443,14 @@ LOG_LIKELIHOOD_MISTAKES: Mistakes = {
     "log-k-added": (
         "log K is added; subtract it",
         likelihood_with(bound=lambda w: w.logsumexp(0) + math.log(len(w))),
+    ),
+    "overflow": (
+        "exp underflows where an image has hundreds of nats: use torch.logsumexp",
+        likelihood_with(bound=lambda w: w.exp().mean(0).log()),
+    ),
+    "prior-draws": (
+        "z is drawn from the prior, so with few draws hardly one explains x: draw it from q(z given x)",
+        prior_estimate,
     ),
     "no-noise": ("the mean of q is decoded at every draw: the noise is missing", likelihood_with(noise=torch.zeros_like)),
     "noise-variance": (
@@ -450,6 +519,15 @@ def check_log_likelihood(fn: Callable[[VAE, Tensor, int], Tensor]) -> str:
         fail(f"{what} gives the same at each call: the noise is the same, or there is none", "same-noise")
     with torch.no_grad():
         low = torch.stack([attempt(what, fn, model, x, 3, seed=seed) for seed in range(30)]).mean(0)
+    if few.shape == truth.shape and low.mean() - truth.mean() < -1:
+        fail_by_name("log_likelihood", LOG_LIKELIHOOD_MISTAKES, ["prior-draws"])
     if few.shape != truth.shape or (low.mean() - truth.mean()).abs() < 0.03:
         fail("log_likelihood: three draws give the same as thousands, on average: num_samples is not what it says", "num-samples")
+    tall, images, evidence = linear_example(20, 20)
+    what = f"log_likelihood(model, x {tuple(images.shape)}, 500)"
+    result = tensor_from(what, fn, tall, images, 500).detach()
+    if not result.isfinite().all():
+        fail_by_name(what, LOG_LIKELIHOOD_MISTAKES, ["overflow"])
+    if result.shape != evidence.shape or (result - evidence).abs().max() > 1:
+        fail(f"{what}: the estimate is right for images of six pixels, and not for those of 400: is a number written into it?")
     return f"the estimate is log p(x) to {(got - truth).abs().mean():.2g} nats on {len(x)} images of a model that knows it"

@@ -73,7 +73,21 @@ KL_BETWEEN_MISTAKES: Mistakes = {
     "log-sign": ("the logarithms have the wrong sign", between_with(log=lambda a, b: b - a)),
     "no-log": ("the term with the logarithms of the variances is missing", between_with(log=lambda a, b: 0 * a)),
     "no-constant": ("the -1 is missing: the KL of the prior itself must be 0", between_with(one=0.0)),
+    "constant-once": (
+        "the -1 stands there once, and not for each latent",
+        *(lambda m, s, pm, ps, c=c: between_recipe(m, s, pm, ps, one=0.0) - c for c in (0.5, 1.0)),
+    ),
     "no-half": ("your KL is twice too large: the factor 1/2 is missing", between_with(half=1.0)),
+    "half-of-some": (
+        "the factor 1/2 is missing in some of the terms; it is before all of them",
+        between_with(square=lambda d: 2 * d.square()),
+        between_with(log=lambda a, b: 2 * (a - b)),
+        lambda m, s, pm, ps: 2 * between_recipe(m, s, pm, ps) - 0.5 * (ps - s).sum(-1),
+    ),
+    "precision-root": (
+        "the squared difference of the means is divided by the prior's standard deviation; divide by its variance",
+        between_with(precision=lambda t: (-t / 2).exp()),
+    ),
     "log-std": ("log_var is taken for the log of the standard deviation; it is twice that", between_with(read=times(2.0))),
     "half-log-var": ("log_var is halved, as if it were twice the log of the variance", between_with(read=times(0.5))),
     "mean-not-squared": (
@@ -186,6 +200,15 @@ def layered_with(**switches: Any) -> partial[Tensor]:
     return partial(layered_recipe, **switches)
 
 
+def at_noise(*names: str) -> Function:
+    """The recipe with eps2 where these of its switches say which z2 a density is asked at."""
+
+    def wrong(model: TwoLayers, x: Tensor, eps2: Tensor, eps1: Tensor) -> Tensor:
+        return layered_with(**dict.fromkeys(names, lambda z2, mean2: eps2))(model, x, eps2, eps1)
+
+    return wrong
+
+
 LAYERED_ELBO_MISTAKES: Mistakes = {
     "standard-prior": (
         "the KL of z1 is taken to N(0, I); its prior is p(z1 given z2)",
@@ -212,11 +235,31 @@ LAYERED_ELBO_MISTAKES: Mistakes = {
     "mean-decoded": ("the mean of q(z1 given x, z2) is decoded, not a draw", layered_with(noise1=torch.zeros_like)),
     "variance": ("the noise is scaled by exp(log_var), the variance, not by exp(log_var / 2)", layered_with(deviation=torch.exp)),
     "no-scale": ("the noise has deviation 1, whatever log_var is", layered_with(deviation=torch.ones_like)),
+    "sampled-kl": (
+        "the KLs, or that of z1, are taken at the draws, log q - log p; take the closed form, which has less noise",
+        *(lambda model, x, eps2, eps1, both=both: sampled_recipe(model, x, eps2, eps1, both) for both in (True, False)),
+    ),
+    "at-noise": (
+        "a density of z1 is asked at the noise eps2, not at the draw z2",
+        *(at_noise(*names) for names in (("prior_at",), ("posterior_at",), ("prior_at", "posterior_at"))),
+    ),
+    "batch-kl": (
+        "the KLs are one number for the batch; each image has its own",
+        *(
+            layered_with(between=partial(between_recipe, reduce=reduce))
+            for reduce in (torch.sum, lambda units: units.sum(-1).mean(), torch.mean)
+        ),
+    ),
     "reversed": (
-        "the KL of z1, or both, are the wrong way round: q comes first",
+        "a KL, or both, are the wrong way round: q comes first",
         layered_with(between=partial(between_recipe, swap=True)),
         lambda model, x, eps2, eps1: (
             layered_recipe(model, x, eps2, eps1) + one_way(model, x, eps2) - one_way(model, x, eps2, swap=True)
+        ),
+        lambda model, x, eps2, eps1: (
+            layered_recipe(model, x, eps2, eps1, between=partial(between_recipe, swap=True))
+            - one_way(model, x, eps2)
+            + one_way(model, x, eps2, swap=True)
         ),
     ),
     "mean-latents": (
@@ -239,6 +282,21 @@ def one_way(model: TwoLayers, x: Tensor, eps2: Tensor, **switches: Any) -> Tenso
     """The KL of z1 alone."""
     z2 = drawn(model.posterior2(x), eps2)
     return between_recipe(*model.posterior1(x, z2), *model.prior1(z2), **switches)
+
+
+def sampled_recipe(model: TwoLayers, x: Tensor, eps2: Tensor, eps1: Tensor, both: bool) -> Tensor:
+    """The same with log q - log p at the draws, of both layers or of z1 alone; the constants cancel."""
+    q2 = model.posterior2(x)
+    z2 = drawn(q2, eps2)
+    q1, p1 = model.posterior1(x, z2), model.prior1(z2)
+    z1 = drawn(q1, eps1)
+    upper = (
+        (half_squares(z2, 0 * z2, 0 * z2) - half_squares(z2, *q2) - 0.5 * q2[1].sum(-1))
+        if both
+        else between_recipe(*q2, 0 * z2, 0 * z2)
+    )
+    lower = half_squares(z1, *p1) - half_squares(z1, *q1) + 0.5 * (p1[1] - q1[1]).sum(-1)
+    return model.log_likelihood(x, z1) - upper - lower
 
 
 @verdict
@@ -289,6 +347,18 @@ ANCESTRAL_MISTAKES: Mistakes = {
     "variance": ("the noise is scaled by exp(log_var), the variance, not by exp(log_var / 2)", ancestral_with(deviation=torch.exp)),
     "no-scale": ("the noise of z1 has deviation 1, whatever log_var is", ancestral_with(deviation=torch.ones_like)),
     "no-exp": ("the noise is scaled by log_var itself: exp is missing", ancestral_with(deviation=itself)),
+    "inverse": (
+        "the noise is divided by the deviation, exp(log_var / 2); multiply by it",
+        ancestral_with(deviation=lambda s: (-s / 2).exp()),
+    ),
+    "log-std": (
+        "log_var is taken for a quarter, or for four times, of what it is",
+        *(ancestral_with(deviation=lambda s, factor=factor: (factor * s).exp()) for factor in (0.25, 2.0)),
+    ),
+    "squashed": (
+        "a sigmoid, or a tanh, follows the decoder: its output is the mean itself",
+        *(ancestral_with(end=lambda model, z1, squash=squash: squash(model.decode(z1))) for squash in (torch.sigmoid, torch.tanh)),
+    ),
     "no-mean": ("the mean of p(z1 given z2) is missing in z1", ancestral_with(location=torch.zeros_like)),
     "not-decoded": ("this is z1; decode it", ancestral_with(end=lambda model, z1: z1)),
     "one-noise": ("all images share one noise for z1", ancestral_with(noise1=lambda e: e[:1].expand_as(e))),
@@ -316,28 +386,31 @@ def evidence_recipe(
     scale1: float,
     scale: float,
     power: float = 2.0,
+    power1: float = 2.0,
     top: float = 1.0,
     middle: float = 1.0,
     mapped: bool = True,
     given: bool = False,
     diagonal: bool = False,
     log_det: float = 1.0,
-    two_pi: float = 1.0,
+    determinant: Function = torch.logdet,
+    two_pi: Function = itself,
+    inverse: Function = torch.linalg.inv,
     half: float = 0.5,
     over: Function = lambda value: value,
     sign: float = 1.0,
 ) -> Tensor:
     """log N(x; 0, lower (upper upper^T + scale1^2 I) lower^T + scale^2 I): (N,), nats; the arguments put mistakes into it."""
-    of_z1 = middle * scale1**power * torch.eye(len(upper))
+    of_z1 = middle * scale1**power1 * torch.eye(len(upper))
     inner = top * upper @ upper.T + (of_z1 if mapped else 0)
     covariance = lower @ inner @ lower.T + scale**power * torch.eye(len(lower))
     if not mapped:
-        covariance = covariance + middle * scale1**power * torch.eye(len(lower))
+        covariance = covariance + middle * scale1**power1 * torch.eye(len(lower))
     if diagonal:
         covariance = covariance.diag().diag()
-    squares = (x @ torch.linalg.inv(covariance) * x).sum(-1)
-    constant = two_pi * len(lower) * math.log(2 * math.pi)
-    value: Tensor = sign * over(-half * (squares + log_det * torch.logdet(covariance) + constant))
+    squares = (x @ inverse(covariance) * x).sum(-1)
+    constant = two_pi(len(lower)) * math.log(2 * math.pi)
+    value: Tensor = sign * over(-half * (squares + log_det * determinant(covariance) + constant))
     return value
 
 
@@ -359,12 +432,26 @@ LAYERED_EVIDENCE_MISTAKES: Mistakes = {
         "z1 is taken for N(0, I): its covariance is upper upper^T + scale1^2 I",
         lambda x, upper, lower, scale1, scale: evidence_recipe(x, 0 * upper, lower, 1.0, scale),
     ),
-    "not-squared": ("the scales stand where their squares should", evidence_with(power=1.0)),
+    "not-squared": (
+        "the scales, or one of them, stand where their squares should",
+        *(evidence_with(power=power, power1=power1) for power, power1 in ((1.0, 1.0), (2.0, 1.0), (1.0, 2.0))),
+    ),
+    "scales-swapped": (
+        "scale1 and scale are exchanged: scale1 is that of z1, scale that of x",
+        lambda x, upper, lower, scale1, scale: evidence_recipe(x, upper, lower, scale, scale1),
+    ),
+    "no-inverse": ("the covariance stands in the square; its inverse belongs there", evidence_with(inverse=itself)),
+    "log-det-whole": ("the log-determinant is not halved", evidence_with(log_det=2.0)),
+    "log-det-sign": ("the log-determinant has the wrong sign", evidence_with(log_det=-1.0)),
+    "overflow": (
+        "the determinant of many dimensions overflows before its logarithm is taken: use torch.logdet",
+        evidence_with(determinant=lambda covariance: torch.linalg.det(covariance).log()),
+    ),
     "diagonal": ("only the diagonal of the covariance is used: the pixels depend on each other", evidence_with(diagonal=True)),
     "no-log-det": ("the log-determinant of the covariance is missing", evidence_with(log_det=0.0)),
     "two-pi": (
         "the log of 2 pi is missing, or stands there once and not for each dimension",
-        *(evidence_with(two_pi=two_pi) for two_pi in (0.0, 0.2, 0.25)),
+        *(evidence_with(two_pi=lambda d, count=count: count) for count in (0.0, 1.0, 2.0)),
     ),
     "no-half": ("the factor 1/2 is missing", evidence_with(half=1.0)),
     "mean-dims": ("the log-density is divided by the number of dimensions", lambda *a: evidence_recipe(*a) / a[0].shape[1]),
@@ -390,4 +477,6 @@ def check_layered_evidence(fn: Callable[[Tensor, Tensor, Tensor, float, float], 
     ]
     cases[1]["x"] = torch.randn(1, 4)
     cases[1]["lower"] = torch.randn(4, 3)
+    many = {"x": 3 * torch.randn(2, 100), "upper": torch.randn(3, 2), "lower": torch.randn(100, 3), "scale1": 0.7, "scale": 3.0}
+    cases.append(many)
     return judge("layered_evidence", fn, evidence_recipe, LAYERED_EVIDENCE_MISTAKES, cases, "x")

@@ -42,8 +42,20 @@ SCALE_MISTAKES: Mistakes = {
         scale_with(pool=lambda v: v.flatten(1).sum(1).mean()),
     ),
     "mean-of-roots": (
-        "the root is taken before the mean over the images: the scale serves all of them, so the mean comes first",
-        scale_with(pool=lambda v: v.flatten(1).mean(1).sqrt().mean(), root=itself),
+        "the root is taken before the last mean: one scale serves all images, channels and places, so the mean comes first",
+        *(scale_with(pool=lambda v, axes=axes: v.mean(axes).sqrt().mean(), root=itself) for axes in ((1, 2, 3), (0,), (0, 2, 3))),
+    ),
+    "sum-images": (
+        "the squared errors are added up over the images; take the mean over them too",
+        scale_with(pool=lambda v: v.flatten(1).mean(1).sum()),
+    ),
+    "less-one": (
+        "one is subtracted from the number of pixels: no mean was fitted to these errors, so divide by all",
+        scale_with(pool=lambda v: v.sum() / (v.numel() - 1)),
+    ),
+    "over-all": (
+        "the root of the sum is divided by the number of pixels; divide the sum",
+        scale_with(pool=lambda v: v.mean() / v.numel()),
     ),
     "per-image": ("this is one scale for each image; one serves all of them", scale_with(pool=lambda v: v.flatten(1).mean(1))),
     "per-pixel": ("this is one scale for each place of the image; one serves all of them", scale_with(pool=lambda v: v.mean(0))),
@@ -111,6 +123,12 @@ BITS_MISTAKES: Mistakes = {
         "the width of a level is counted once more: log_prob is that of levels, no density",
         *(bits_with(offset=offset) for offset in (8.0, 7.0, math.log2(127.5), math.log2(255.0), -8.0)),
     ),
+    "batch": ("the bits are divided by the number of images: each has bits of its own", bits_with(whole=lambda v: v / len(v))),
+    "overflow": (
+        "exp underflows where an image has thousands of nats: log_prob is a logarithm already, of another base",
+        lambda p, shape: -p.exp().log2() / math.prod(shape),
+        lambda p, shape: -p.double().exp().log2().float() / math.prod(shape),
+    ),
     "scalar": (
         "this is one number for the batch; keep one for each image",
         bits_with(whole=torch.mean),
@@ -126,7 +144,8 @@ def check_bits_per_dim(fn: Callable[[Tensor, Sequence[int]], Tensor]) -> str:
     eq. bits-per-dim. The mistakes are in `BITS_MISTAKES`.
     """
     shapes = ((3, 4, 5), (1, 8, 8), (3, 2, 2))
-    cases = [{"log_prob": -60 * torch.rand(n) - 3, "image_shape": shape} for n, shape in zip((5, 1, 3), shapes, strict=True)]
+    drawn = [-60 * torch.rand(n) - least for n, least in ((5, 3), (1, 3000), (3, 3))]
+    cases = [{"log_prob": log_prob, "image_shape": shape} for log_prob, shape in zip(drawn, shapes, strict=True)]
     return judge("bits_per_dim", fn, bits_recipe, BITS_MISTAKES, cases, "log_prob")
 
 
@@ -207,6 +226,11 @@ LEVEL_MEAN_MISTAKES: Mistakes = {  # m: location, s: log_scale
         "the levels have the masses of a logistic or a Gaussian, not of a Laplace density",
         *(mean_with(cdf=torch.sigmoid), mean_with(cdf=torch.special.ndtr)),
     ),
+    "edges": (
+        "the edges of the bins lie elsewhere: between the levels k - 1 and k it is (2 k - 256) / 255",
+        *(lambda m, s, shift=shift: mean_recipe(m + shift, s) for shift in (1 / 255, -1 / 255)),
+    ),
+    "flipped": ("the probabilities are those below the edges; those above belong there", lambda m, s: -mean_recipe(m, s)),
     "sum": ("the levels are averaged: weigh each by its probability", mean_with(share=lambda mass: 0 * mass + 1 / 256)),
 }
 
@@ -222,6 +246,7 @@ def check_level_mean(fn: Callable[[Tensor, Tensor], Tensor]) -> str:
         {"location": 0.9 * torch.randn(shape), "log_scale": torch.randn(shape) - 1.5}
         for shape in ((2, 3, 2, 4), (1, 1, 2, 2), (3, 1, 1, 1))
     ]
+    cases.append({"location": torch.tensor([-0.9, 0.013, 0.6]).view(1, 3, 1, 1), "log_scale": torch.full((1, 3, 1, 1), -6.0)})
     return judge("level_mean", fn, mean_recipe, LEVEL_MEAN_MISTAKES, cases, "location log_scale")
 
 
@@ -254,7 +279,14 @@ LEVEL_DRAW_MISTAKES: Mistakes = {
     ),
     "not-clamped": (
         "the draw leaves [-1, 1]: what lies beyond an end belongs to level 0 or 255",
-        draw_with(end=lambda x: level_of(x).round() / 127.5 - 1),
+        *(
+            draw_with(end=lambda x, low=low, high=high: level_of(x).round().clamp(low, high) / 127.5 - 1)
+            for low, high in ((-math.inf, math.inf), (0, math.inf), (-math.inf, 255), (0, 256))
+        ),
+    ),
+    "wrapped": (
+        "what lies beyond an end comes back at the other: clamp before the level becomes a byte",
+        draw_with(end=lambda x: level_of(x).round().remainder(256) / 127.5 - 1),
     ),
     "rounded-down": (
         "the draw is rounded down, or up; round it to the nearest level",
@@ -266,6 +298,8 @@ LEVEL_DRAW_MISTAKES: Mistakes = {
             draw_with(end=lambda x, step=step: ((x * step).round() / step).clamp(-1, 1))
             for step in (1.0, 127.0, 127.5, 128.0, 255.0)
         ),
+        draw_with(end=lambda x: (x.clamp(-1, 1) * 127.5).round() / 127.5),
+        draw_with(end=lambda x: ((x + 1) * 128).round().clamp(0, 255) / 128 - 1),
     ),
     "index": (
         "this is the level, 0 to 255; x is level / 127.5 - 1",
