@@ -1,16 +1,20 @@
 """What the chapter on mistakes says of its rows: damage beyond chance, a symptom that tells, a refined q, a collapse that is one."""
 
 import json
+import re
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from test_book import ROOT, load_script
 
 METRICS = json.loads((ROOT / "results" / "mistakes.json").read_text())["metrics"]
 SEEDS = json.loads((ROOT / "results" / "mistakes-rows.json").read_text())
 EVERY_SEED = {"0": METRICS} | {seed: record["metrics"] for seed, record in SEEDS.items()}
-WRONG = [key for key, row in METRICS["rows"].items() if "decoder_damage" in row and row["twin"] != key and not key.startswith("beta")]
+WRONG = [
+    key for key, row in METRICS["rows"].items() if "decoder_damage" in row and row["twin"] != key and not key.startswith("beta")
+]
 
 
 def values(*path):
@@ -69,8 +73,39 @@ def test_the_collapse_is_one_and_of_the_two_kinds_that_the_text_names(seed):
     )
     assert mended["rate"] < 1 < 10 < restarted["rate"]
     assert restarted["elbo"] > mended["elbo"] + 0.5  # the optimization: the objective is higher with the code
-    assert warm["rate"] < restarted["rate"] / 2  # "neither cures"
+    assert warm["rate"] < restarted["rate"] / 2  # "helps, and does not heal"
+    assert mended["elbo"] < warm["elbo"] < restarted["elbo"]
     assert free["elbo"] < mended["elbo"]
+
+
+def test_warm_up_makes_up_more_than_half_of_what_the_collapse_costs_in_each_training():
+    mended, warm, restarted = (
+        METRICS["collapse"][name]["elbo"]["each"] for name in ("mended", "mended, warm-up", "from a high rate")
+    )
+    assert len(mended) == 3
+    assert [2 * (w - m) > r - m for m, w, r in zip(mended, warm, restarted, strict=True)] == [True] * 3
+
+
+def test_more_than_half_of_the_damage_of_noise_by_the_variance_is_gone_when_q_is_read_as_trained():
+    damage, as_trained = (values("rows", "noise-variance", field) for field in ("damage", "damage_as_trained"))
+    assert all(2 * read < lost for read, lost in zip(as_trained, damage, strict=True))
+
+
+def test_the_loss_without_the_kl_picks_the_autoencoder_in_each_training():
+    chosen, left_out = (values("rows", key, "elbo") for key in ("other-validation", "no-kl"))
+    assert all(abs(a - b) < 5 for a, b in zip(chosen, left_out, strict=True))  # validation and test images of one model
+
+
+def test_the_table_of_symptoms_says_what_the_checkers_answered():
+    cells = nbformat.read(ROOT / "book" / "mistakes.ipynb", as_version=4).cells
+    outputs = [output for cell in cells if cell.cell_type == "code" for output in cell.outputs if "data" in output]
+    (table,) = [text for o in outputs if ":name: tab-symptoms\n" in (text := o["data"].get("text/markdown", ""))]
+    found = dict(re.findall(r"  - \{ref\}`([\w-]+) <[\w-]+>`\n  - (.+)\n", table))
+    asked = {key: row["checker"] for key, row in METRICS["rows"].items() if row.get("checker", "none") != "none"}
+    assert {key: f"check_{said}" for key, said in found.items() if said != "none"} == asked
+    assert len(found) == 34
+    for seed, metrics in EVERY_SEED.items():
+        assert {key: metrics["rows"][key]["checker"] for key in asked} == asked, seed
 
 
 def test_the_script_runs_the_chapters_own_cells_with_another_seed():
