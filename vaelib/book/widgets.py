@@ -130,8 +130,9 @@ def drawing_board(
     data["encoder"], activation = packed([*encoder.hidden, encoder.head], x, short=2**14, long=2**12)
     if activation != data["activation"]:
         raise ValueError(f"model: got {activation} in the encoder and {data['activation']} in the decoder, expected the same")
-    sampled = model.likelihood.config["binarize"] == "sample"
-    noise = torch.randint(255, (784,), generator=generator) if sampled else torch.full((784,), 127)  # x = 1 where a level is above
+    noise = torch.full((784,), 127, device="cpu")  # x is 1 where a level is above it
+    if model.likelihood.config["binarize"] == "sample":
+        noise = torch.randint(255, (784,), generator=generator, device="cpu")
     q, terms = posteriors(model, test), heldout_elbo(model, test, num_samples=10)
     data |= dots(q.mean, test.known_labels, test.classes, most=1000)
     shown = [int((test.labels.cpu() == label).nonzero()[0]) for label in test.labels.unique().tolist()]
