@@ -16,7 +16,7 @@ PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for c
 pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the book is not built: run make book first")
 
 
-FIGURES = [("intro", 0), ("generation", 0), ("generation", 1), ("generation", 2), ("retrieval", 0)]
+FIGURES = [("intro", 0), ("intro", 1), ("generation", 0), ("generation", 1), ("generation", 2), ("retrieval", 0)]
 
 
 def page(name):
