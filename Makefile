@@ -38,7 +38,7 @@ test-unit: $(READY) ## the first half of it
 
 test-notebooks: $(READY) ## the second half
 	$(if $(CHAPTERS_STRICT),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
-	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX))
+	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX) $(EVERY_CORE))
 
 test-real: $(READY) ## tests on the real data sets in $VAELIB_DATA
 	$(BIN)/python -m pytest tests -m real_data
