@@ -1,0 +1,183 @@
+"""Train the GAN of the chapter `generation` three times: `python book/_scripts/gan_rows.py [gan-0 stages ...]`, default: all missing.
+
+Each `gan-SEED` is one training, scored as it goes with the chapter's protocol; its clock is CPU time without the scoring, so that a
+busy machine does not lengthen it. It keeps the scores at each checkpoint, and for the last one samples, as a picture. `stages` fits the
+second stage in several sizes to the codes of the chapter's VAE, trained with the seed 0 by `sample_rows.py`, and scores held-out codes.
+Records go to results/gan-rows.json; "summary" has the mean and the standard deviation over the GANs' trainings.
+"""
+
+import argparse
+import base64
+import io
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+import vaelib
+from vaelib.book.ledger import entry
+from vaelib.priors import fit_mixture, fit_second_stage, posterior_samples
+from vaelib.quality import features_of, frechet_distance, manifold_scores, mnist_features, nearest_training_images
+from vaelib.storage import write_text
+
+sys.path.insert(0, str(Path(__file__).parent))
+from sample_rows import drawn, thresholded, trained
+
+ROOT = Path(__file__).resolve().parents[2]
+LEDGER = ROOT / "results" / "gan-rows.json"
+SEEDS = (0, 1, 2)
+CHECKPOINTS = (1, 2, 4, 6, 8, 10, 12, 14, 16)  # epochs
+BATCH, LATENTS, WIDTH, N = 64, 64, 32, 10000
+STAGES = {"as in the chapter": {}, "for three times as long": {"epochs": 60}, "twice as wide": {"hidden_dims": (1024, 1024)}}
+
+
+def networks(seed):
+    """Generator and discriminator of a small DCGAN, with the paper's first weights."""
+    torch.manual_seed(seed)
+    w = WIDTH
+    generator = nn.Sequential(
+        nn.Linear(LATENTS, 2 * w * 49, bias=False), nn.Unflatten(1, (2 * w, 7, 7)), nn.BatchNorm2d(2 * w), nn.ReLU(),
+        nn.ConvTranspose2d(2 * w, w, 4, 2, 1, bias=False), nn.BatchNorm2d(w), nn.ReLU(),
+        nn.ConvTranspose2d(w, 1, 4, 2, 1), nn.Sigmoid(),
+    )  # fmt: skip
+    discriminator = nn.Sequential(
+        nn.Conv2d(1, w, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(w, 2 * w, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * w), nn.LeakyReLU(0.2),
+        nn.Flatten(), nn.Linear(2 * w * 49, 1),
+    )  # fmt: skip
+    for layer in [*generator.modules(), *discriminator.modules()]:
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            nn.init.normal_(layer.weight, 0, 0.02)
+    return generator.to(memory_format=torch.channels_last), discriminator.to(memory_format=torch.channels_last)
+
+
+def gan(seed):
+    """The record of one training: scores against epochs and seconds."""
+    began = time.perf_counter()
+    images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
+    train, _ = vaelib.train_valid_split(images, len(images) // 12, seed=0)
+    generator, discriminator = networks(seed)
+    half = torch.autocast("cpu", torch.bfloat16)
+    step_g, step_d = (torch.optim.Adam(n.parameters(), 2e-4, betas=(0.5, 0.999), fused=True) for n in (generator, discriminator))
+    draw, softplus = torch.Generator().manual_seed(seed), nn.functional.softplus
+    net, kinds = mnist_features(), {"grey": lambda p: p, "drawn": lambda p: drawn(p, 1), "thresholded": thresholded}
+    real = {kind: features_of(net, drawn(test.pixels, 0) if kind == "drawn" else of(test.pixels)) for kind, of in kinds.items()}
+
+    def samples(num, seed):
+        generator.eval()
+        with torch.no_grad():
+            z = torch.randn(num, LATENTS, generator=torch.Generator().manual_seed(seed))
+            pixels = torch.cat([(255 * generator(part)).round().to(torch.uint8) for part in z.split(500)])
+        generator.train()
+        return pixels
+
+    curve, seconds = [], 0.0
+    for epoch in range(1, CHECKPOINTS[-1] + 1):
+        clock = time.process_time()
+        for pixels in vaelib.minibatches(train, BATCH, draw):
+            with half:
+                fake = generator(torch.randn(len(pixels), LATENTS, generator=draw))
+                told = discriminator(pixels / 255).float(), discriminator(fake.detach()).float()
+            step_d.zero_grad()
+            (softplus(-told[0]) + softplus(told[1])).mean().backward()
+            step_d.step()
+            discriminator.requires_grad_(False)
+            with half:
+                told = discriminator(fake).float()
+            step_g.zero_grad()
+            softplus(-told).mean().backward()
+            step_g.step()
+            discriminator.requires_grad_(True)
+        seconds += time.process_time() - clock
+        if epoch in CHECKPOINTS:
+            pixels = samples(N, 1)
+            features = {kind: features_of(net, of(pixels)) for kind, of in kinds.items()}
+            scores = {kind: frechet_distance(real[kind], features[kind]) for kind in kinds}
+            scores |= manifold_scores(real["thresholded"], features["thresholded"])._asdict()
+            curve.append({"epoch": epoch, "seconds": round(seconds, 1), **scores})
+            print(f"gan-{seed}: epoch {epoch:2}, {seconds:4.0f} s, thresholded {scores['thresholded']:.1f}", flush=True)
+    some = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:1000]
+    near = nearest_training_images(pixels[some], train).distances
+    final = curve[-1] | {"nearest": near.median().item(), "nearest_hundredth": near.quantile(0.01).item()}
+    row = Image.fromarray(samples(14, 2)[:, 0].permute(1, 0, 2).reshape(28, -1).numpy())  # side by side, as (28, 14 * 28)
+    row.save(png := io.BytesIO(), format="png", optimize=True)
+    metrics = {"curve": curve, "final": final, "samples": base64.b64encode(png.getvalue()).decode(), "num_images": N}
+    return entry(f"python book/_scripts/gan_rows.py gan-{seed}", seed, time.perf_counter() - began, metrics)
+
+
+def log_density(prior, z, draws):
+    """The importance-weighted bound on a second stage's log-density of codes, nats: (N, L) -> (N,); its ELBO for one draw."""
+    x = ((z - prior.mean) / prior.std)[:, :, None, None]
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        parts = [prior.model.log_weights(part, draws, generator=noise, validate=False) for part in x.split(250)]
+    return torch.cat([vaelib.importance_weighted_bound(w) for w in parts]) - prior.std.log().sum()
+
+
+def stages():
+    """Second stages of several sizes and a mixture, by the log-density of codes of test images."""
+    began = time.perf_counter()
+    images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
+    train, _ = vaelib.train_valid_split(images, len(images) // 12, seed=0)
+    vae, about = trained(0, images)
+    codes, z = posterior_samples(vae, train), posterior_samples(vae, test)
+    some = codes[torch.randperm(len(codes), generator=torch.Generator().manual_seed(0))[: len(z)]]
+    net, real = mnist_features(), features_of(mnist_features(), thresholded(test.pixels))
+
+    def distance(prior):
+        return frechet_distance(real, features_of(net, thresholded(vaelib.generate(vae, N, seed=1, prior=prior))))
+
+    mixture = fit_mixture(vae, train, 50)
+    rows = {"mixture": {"test": mixture.log_prob(z).mean().item(), "train": mixture.log_prob(some).mean().item()}}
+    rows["mixture"]["thresholded"] = distance(mixture)
+    for name, options in STAGES.items():
+        clock = time.process_time()
+        prior = fit_second_stage(vae, train, **options)
+        row = {"seconds": round(time.process_time() - clock, 1), "thresholded": distance(prior)}
+        for which, of in (("test", z), ("train", some)):
+            x = ((of - prior.mean) / prior.std)[:, :, None, None]
+            with torch.no_grad():
+                bound = prior.model.elbo(x, 10, generator=torch.Generator().manual_seed(0), validate=False)
+            row[which] = (bound.elbo - prior.std.log().sum()).mean().item()
+        row["iwae"] = log_density(prior, z, 100).mean().item()
+        row["of_mixture"] = mixture.log_prob(prior.sample(N, torch.Generator().manual_seed(1))).mean().item()
+        rows[name] = row
+        print(name, {key: round(value, 2) for key, value in row.items()}, flush=True)
+    return entry("python book/_scripts/gan_rows.py stages", 0, time.perf_counter() - began, {"rows": rows, "trained": about})
+
+
+def summary(records):
+    """Mean and standard deviation of the GANs' scores at each checkpoint."""
+    curves = [record["metrics"]["curve"] for record in records]
+    finals = [record["metrics"]["final"] for record in records]
+
+    def spread(values):
+        return {"mean": statistics.mean(values), "sd": statistics.stdev(values), "each": list(values)}
+
+    points = [{key: spread([point[key] for point in points]) for key in points[0]} for points in zip(*curves, strict=True)]
+    final = {key: spread([each[key] for each in finals]) for key in finals[0]}
+    metrics = {"curve": points, "final": final, "trainings": len(records)}
+    return entry("python book/_scripts/gan_rows.py", 0, sum(record["seconds"] for record in records), metrics)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="gan-0, gan-1, gan-2 or stages; default: those that the ledger lacks")
+    done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+    every = [*(f"gan-{seed}" for seed in SEEDS), "stages"]
+    for name in parser.parse_args().names or [name for name in every if name not in done]:
+        record = stages() if name == "stages" else gan(int(name.removeprefix("gan-")))
+        done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+        done[name] = record
+        gans = [value for key, value in sorted(done.items()) if key.startswith("gan-")]
+        done |= {"summary": summary(gans)} if len(gans) > 1 else {}
+        write_text(LEDGER, json.dumps(done, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
