@@ -166,7 +166,7 @@ def log_density(prior, z, draws):
 
 
 def stages():
-    """Second stages of several sizes and a mixture, by the log-density of codes of test images."""
+    """A mixture and second stages of several sizes, by the log-density of codes of test images: their records, one by one."""
     began = time.perf_counter()
     images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
     train, _ = vaelib.train_valid_split(images, len(images) // 12, seed=0)
@@ -179,11 +179,12 @@ def stages():
         return frechet_distance(real, features_of(net, thresholded(vaelib.generate(vae, N, seed=1, prior=prior))))
 
     mixture = fit_mixture(vae, train, 50)
-    rows = {"mixture": {"test": mixture.log_prob(z).mean().item(), "train": mixture.log_prob(some).mean().item()}}
-    rows["mixture"]["thresholded"] = distance(mixture)
-    rows["mixture"]["of_mixture"] = mixture.log_prob(mixture.sample(N, torch.Generator().manual_seed(1))).mean().item()
+    row = {"test": mixture.log_prob(z).mean().item(), "train": mixture.log_prob(some).mean().item()}
+    row |= {"thresholded": distance(mixture), "trained": about}
+    row["of_mixture"] = mixture.log_prob(mixture.sample(N, torch.Generator().manual_seed(1))).mean().item()
+    yield "mixture", entry("python book/_scripts/gan_rows.py stages", 0, time.perf_counter() - began, row)
     for name, options in STAGES.items():
-        clock = time.process_time()
+        began, clock = time.perf_counter(), time.process_time()
         prior = fit_own_scales(codes) if options is None else fit_second_stage(vae, train, **options)
         row = {"seconds": round(time.process_time() - clock, 1), "thresholded": distance(prior)}
         for which, of in (("test", z), ("train", some)):
@@ -195,9 +196,8 @@ def stages():
         if options is not None:
             row["scale"] = prior.model.likelihood.log_scale.exp().item()
         row["of_mixture"] = mixture.log_prob(prior.sample(N, torch.Generator().manual_seed(1))).mean().item()
-        rows[name] = row
         print(name, {key: round(value, 2) for key, value in row.items()}, flush=True)
-    return entry("python book/_scripts/gan_rows.py stages", 0, time.perf_counter() - began, {"rows": rows, "trained": about})
+        yield f"stage, {name}", entry("python book/_scripts/gan_rows.py stages", 0, time.perf_counter() - began, row)
 
 
 def summary(records):
@@ -218,14 +218,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="gan-0, gan-1, gan-2 or stages; default: those that the ledger lacks")
     done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
-    every = [*(f"gan-{seed}" for seed in SEEDS), "stages"]
-    for name in parser.parse_args().names or [name for name in every if name not in done]:
-        record = stages() if name == "stages" else gan(int(name.removeprefix("gan-")))
-        done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
-        done[name] = record
-        gans = [value for key, value in sorted(done.items()) if key.startswith("gan-")]
-        done |= {"summary": summary(gans)} if len(gans) > 1 else {}
-        write_text(LEDGER, json.dumps(done, indent=2) + "\n")
+    missing = [f"gan-{seed}" for seed in SEEDS if f"gan-{seed}" not in done]
+    missing += ["stages"] if any(f"stage, {name}" not in done for name in STAGES) else []
+    for name in parser.parse_args().names or missing:
+        for key, record in stages() if name == "stages" else [(name, gan(int(name.removeprefix("gan-"))))]:
+            done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
+            done[key] = record
+            gans = [value for key, value in sorted(done.items()) if key.startswith("gan-")]
+            done |= {"summary": summary(gans)} if len(gans) > 1 else {}
+            write_text(LEDGER, json.dumps(done, indent=2) + "\n")
 
 
 if __name__ == "__main__":
