@@ -183,7 +183,6 @@ OLDER = {
     "front",
     "mnist-features",
     "openings",
-    "sample-rows",
 }  # runs of before this rule: pictures, a network for features, one training
 
 
@@ -373,7 +372,7 @@ def test_each_doubling_of_the_hidden_layer_brings_less_than_the_one_before():
 
 
 # chapters whose code is cut to the lesson; the others follow
-TAUGHT = ["elbo", "mnist-mlp", "cifar-conv", "retrieval", "evaluation"]
+TAUGHT = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval", "evaluation"]
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
 

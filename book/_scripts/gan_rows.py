@@ -106,12 +106,12 @@ def gan(seed):
             pixels = samples(N, 1)
             features = {kind: features_of(net, of(pixels)) for kind, of in kinds.items()}
             scores = {kind: frechet_distance(real[kind], features[kind]) for kind in kinds}
-            scores |= manifold_scores(real["thresholded"], features["thresholded"])._asdict()
             curve.append({"epoch": epoch, "seconds": round(seconds, 1), **scores})
             print(f"gan-{seed}: epoch {epoch:2}, {seconds:4.0f} s, thresholded {scores['thresholded']:.1f}", flush=True)
     some = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:1000]
     near = nearest_training_images(pixels[some], train).distances
-    final = curve[-1] | {"nearest": near.median().item(), "nearest_hundredth": near.quantile(0.01).item()}
+    scores = manifold_scores(real["thresholded"], features["thresholded"])._asdict()
+    final = curve[-1] | scores | {"nearest": near.median().item(), "nearest_hundredth": near.quantile(0.01).item()}
     row = Image.fromarray(samples(14, 2)[:, 0].permute(1, 0, 2).reshape(28, -1).numpy())  # side by side, as (28, 14 * 28)
     row.save(png := io.BytesIO(), format="png", optimize=True)
     metrics = {"curve": curve, "final": final, "samples": base64.b64encode(png.getvalue()).decode(), "num_images": N}
@@ -208,7 +208,8 @@ def summary(records):
     def spread(values):
         return {"mean": statistics.mean(values), "sd": statistics.stdev(values), "each": list(values)}
 
-    points = [{key: spread([point[key] for point in points]) for key in points[0]} for points in zip(*curves, strict=True)]
+    keys = [key for key in curves[-1][-1] if all(key in point for curve in curves for point in curve)]
+    points = [{key: spread([point[key] for point in points]) for key in keys} for points in zip(*curves, strict=True)]
     final = {key: spread([each[key] for each in finals]) for key in finals[0]}
     metrics = {"curve": points, "final": final, "trainings": len(records)}
     return entry("python book/_scripts/gan_rows.py", 0, sum(record["seconds"] for record in records), metrics)
