@@ -145,6 +145,9 @@ def fit_own_scales(codes, epochs=20):
     x, draw = ((codes - mean) / std)[:, :, None, None], torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     stage = vaelib.mlp_vae(x.shape[1:], (512, 512), len(mean), OwnScales())
+    last = [part for part in stage.decoder.modules() if isinstance(part, nn.Linear)][-1]
+    with torch.no_grad():  # its scales start at 0.3 of the codes' own, as that of `fit_second_stage` does: from 1 it collapses
+        last.bias[last.bias.numel() // 2 :] += math.log(0.3)
     optimizer = torch.optim.Adam(stage.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(x) // 100))
     for _ in range(epochs):
