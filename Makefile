@@ -19,7 +19,7 @@ RENDER = $(BIN)/jupyter-book build book --config _config.yml --path-output . -W 
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gpu features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows gpu features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -85,6 +85,9 @@ gpu: $(READY) ## what waits for a GPU: tests, benchmark, missing rows, in GPU_MI
 
 assignment: $(READY) ## write the students' notebooks of the four assignments from their sources
 	$(BIN)/python book/_scripts/assignment.py
+
+gan-rows: $(READY) ## the GAN and the second stages of the chapter on generation
+	$(BIN)/python book/_scripts/gan_rows.py
 
 features: $(READY) ## train the small classifier whose features score samples
 	$(BIN)/python book/_scripts/features.py

@@ -365,7 +365,7 @@ def test_each_doubling_of_the_hidden_layer_brings_less_than_the_one_before():
 
 
 # chapters whose code is cut to the lesson; the others follow
-TAUGHT = ["elbo", "mnist-mlp", "cifar-conv", "retrieval", "evaluation", "on-a-gpu"]
+TAUGHT = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval", "evaluation", "on-a-gpu"]
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
 
