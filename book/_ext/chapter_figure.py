@@ -29,7 +29,9 @@ def drawn(folder: Path, name: str) -> tuple[Path, str, bytes]:
                 pictures = [output["data"]["image/png"] for output in cell["outputs"] if "image/png" in output.get("data", {})]
                 found += [(path, about["image"]["alt"], base64.b64decode(picture)) for picture in pictures]
     if len(found) != 1:
-        raise ValueError(f"chapter-figure: got {name!r}, which is drawn {len(found)} times, expected a figure that one chapter draws")
+        raise ValueError(
+            f"chapter-figure: got {name!r}, which is drawn {len(found)} times, expected a figure that one chapter draws"
+        )
     return found[0]
 
 
