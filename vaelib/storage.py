@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vaelib._validation import as_path, check_choice, describe, warn
+from vaelib._validation import as_path, check_choice, describe, help_at, warn
 from vaelib.vae import MODELS, VAE
 
 WEIGHTS, CONFIG, CHECKPOINT, LOCK = "model.safetensors", "config.json", "checkpoint.pt", ".lock"
@@ -181,7 +181,7 @@ def found_folder(path: str | Path) -> Path:
     card = released().get(name)
     if path.exists():
         if card:
-            warn(f"path: got {name!r}, a folder here and a released model; the folder is loaded, rename it to have the other")
+            warn(f"path: got {name!r}, a folder here and a released model; the folder is loaded{help_at('released-model')}")
         return path
     if card is None:
         return path
@@ -190,7 +190,8 @@ def found_folder(path: str | Path) -> Path:
     except OSError as error:
         found = str(error)
     if found != card["sha256"]:
-        raise ValueError(f"path: the released model {name!r} is missing or damaged (its sha256 is {found}); install vaelib again")
+        way_out = f"install vaelib again{help_at('released-model')}"
+        raise ValueError(f"path: the released model {name!r} is missing or damaged (its sha256 is {found}); {way_out}")
     return RELEASED / name
 
 
@@ -219,7 +220,7 @@ def load(path: str | Path, model: VAE | None = None) -> VAE:
             cut = (
                 f" (but the {CHECKPOINT} of a run that was cut off, with which fit goes on: resume=True, or vaelib train --resume)"
             )
-            known = f"; released models are {', '.join(map(repr, sorted(released())))}"
+            known = f"; released models are {', '.join(map(repr, sorted(released())))}{help_at('released-model')}"
             hint = cut if (path / CHECKPOINT).is_file() else "" if path.exists() else known
             raise ValueError(f"path: got {path}, expected a folder written by vaelib.save; it has no {name}{hint}")
     try:

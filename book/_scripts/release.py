@@ -121,7 +121,10 @@ def main():
     for name in names:
         records[name] = score(name)
         test = records[name]["metrics"]["test"]
-        print(f"{name:12} ELBO {test['elbo']:.2f}, log p(x) {test['log_likelihood']} nats, {records[name]['seconds']:.0f} s", flush=True)
+        print(
+            f"{name:12} ELBO {test['elbo']:.2f}, log p(x) {test['log_likelihood']} nats, {records[name]['seconds']:.0f} s",
+            flush=True,
+        )
     done = read_object("ledger", LEDGER) if LEDGER.exists() else {}
     write_text(LEDGER, json.dumps(done | records, indent=2) + "\n")
     manifest = read_object("manifest", MANIFEST)
