@@ -14,10 +14,12 @@ CHAPTERS_LAX := $(filter-out $(CHAPTERS_STRICT),$(CHAPTERS))
 # How long `make gpu` may take.
 GPU_MINUTES ?= 12
 
+RENDER = $(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going --quiet
+
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix assignment rows mnist-rows retrieval-rows gpu features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows gpu features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -36,14 +38,19 @@ test-unit: $(READY) ## the first half of it
 
 test-notebooks: $(READY) ## the second half
 	$(if $(CHAPTERS_STRICT),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
-	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX))
+	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX) $(EVERY_CORE))
 
 test-real: $(READY) ## tests on the real data sets in $VAELIB_DATA
 	$(BIN)/python -m pytest tests -m real_data
 
 book: $(READY) ## render the book to _build/html/index.html
-	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W -n --keep-going --quiet
+	$(RENDER)
+	@$(MAKE) --no-print-directory notebooks
 	@echo "The book: _build/html/index.html"
+
+notebooks: $(READY) ## the chapters in plain Markdown, for Colab and Jupyter, in _build/notebooks; the pages offer them
+	$(RENDER) --builder custom --custom-builder notebooks
+	test ! -d _build/html/_sources || cp _build/notebooks/*.ipynb _build/html/_sources
 
 pdf: book ## the book as one PDF, _build/vae-book.pdf (needs Chromium)
 	$(BIN)/python book/_scripts/pdf.py
@@ -51,8 +58,8 @@ pdf: book ## the book as one PDF, _build/vae-book.pdf (needs Chromium)
 slides: book ## slides for teaching, a deck for each chapter, in _build/slides
 	$(BIN)/python book/_scripts/slides.py
 
-test-book: $(READY) ## tests on the rendered pages
-	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py --numprocesses auto --dist worksteal
+test-book: $(READY) ## tests on the rendered pages and notebooks
+	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py tests/test_notebooks.py --numprocesses auto --dist worksteal
 
 test-devices: $(READY) ## run each chapter on an emulated GPU (no CUDA; some minutes)
 	VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python tests/emulated_device.py $(CHAPTERS)
@@ -79,6 +86,9 @@ gpu: $(READY) ## what waits for a GPU: tests, benchmark, missing rows, in GPU_MI
 assignment: $(READY) ## write the students' notebooks of the four assignments from their sources
 	$(BIN)/python book/_scripts/assignment.py
 
+gan-rows: $(READY) ## the GAN and the second stages of the chapter on generation
+	$(BIN)/python book/_scripts/gan_rows.py
+
 features: $(READY) ## train the small classifier whose features score samples
 	$(BIN)/python book/_scripts/features.py
 
@@ -100,7 +110,7 @@ lint: $(READY) ## ruff, its formatter and mypy
 matrix: ## unit tests on each Python that is here, with the oldest and the newest dependencies (hours; GBs in a temporary folder)
 	$(PYTHON) tests/matrix.py
 
-colab-check: $(READY) ## each chapter installs vaelib and runs as on Colab
+colab-check: notebooks ## each chapter installs vaelib and runs as on Colab
 	$(BIN)/python book/_scripts/colab_check.py
 
 links: $(READY) ## check the book's links (needs the network)

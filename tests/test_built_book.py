@@ -12,11 +12,12 @@ from test_book import CHAPTERS, CONTENTS, prose
 ROOT = Path(__file__).parent.parent
 HTML = ROOT / "_build" / "html"
 PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
+ASSIGNMENTS = [name for name in PAGES if name.startswith("assignments/")]
 
 pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the book is not built: run make book first")
 
 
-FIGURES = [("intro", 0), ("generation", 0), ("generation", 1), ("generation", 2), ("retrieval", 0)]
+FIGURES = [("intro", 0), ("intro", 1), ("generation", 0), ("generation", 1), ("generation", 2), ("retrieval", 0)]
 
 
 def page(name):
@@ -58,12 +59,15 @@ def test_a_page_loads_nothing_from_another_host(name):
     assert soup.select_one('script[src*="tex-svg-full.js"]') or not soup.select(".math")
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
-def test_the_colab_button_opens_this_chapter(name):
+@pytest.mark.parametrize("name", CHAPTERS + ASSIGNMENTS)
+def test_the_colab_button_opens_this_chapter_in_plain_markdown(name):
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     owner = repository["url"].removeprefix("https://github.com/")
     buttons = [link["href"] for link in page(name).select('a[href*="colab.research.google.com"]')]
-    assert buttons == [f"https://colab.research.google.com/github/{owner}/blob/{repository['branch']}/book/{name}.ipynb"]
+    place = "notebooks" if name in CHAPTERS else f"{repository['branch']}/book"
+    assert buttons == [f"https://colab.research.google.com/github/{owner}/blob/{place}/{name}.ipynb"]
+    pushed = (ROOT / ".github" / "workflows" / "pages.yml").read_text(encoding="utf-8")
+    assert "git init --quiet --initial-branch notebooks\n" in pushed
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

@@ -179,6 +179,8 @@ FUNCTIONS = {  # of the modules below: what is called with (model, images)
     ),
     "interpolation_slider": lambda m, x: widgets.interpolation_slider(m, x.pixels[:3], "a", "b").html,
     "traversal_sliders": lambda m, x: widgets.traversal_sliders(m, x.pixels[0], [0, 1], "a", "b").html,
+    "drawing_board": lambda m, x: widgets.drawing_board(m, x, x, "a", "b").html,
+    "board_still": lambda m, x: widgets.board_still(m, x, vaelib.evaluation.posteriors(m, x), 0, 3),
     "page_decoder": lambda m, x: widgets.page_decoder(m),
     "start_code": lambda m, x: widgets.start_code(m, "image", x.pixels[0]),
     "live": lambda m, x: widgets.live(m, lambda z: torch.tensor([2 * z]), z=(0.0, 1.0, 0.0)).children[0].value,

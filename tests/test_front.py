@@ -238,7 +238,8 @@ def test_in_print_and_without_scripts_the_first_page_has_a_still_picture(medium,
         tab = context.new_page()
         tab.emulate_media(media="print" if medium == "print" else "screen")
         tab.goto(address + "intro.html", wait_until="domcontentloaded")
-        assert tab.locator(".front-plane img.still").is_visible()
-        assert not tab.locator(".front-plane iframe").is_visible()
+        for figure in (".front-plane", ".front-board"):
+            assert tab.locator(f"{figure} img.still").is_visible()
+            assert not tab.locator(f"{figure} iframe").is_visible()
     finally:
         context.close()

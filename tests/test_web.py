@@ -46,6 +46,56 @@ SHAPES = """async () => {  // of every picture, after the reader has come to it:
     }
     return faults;
 }"""
+GEOMETRY = """() => {  // what runs out, lies over something, stands apart or cannot be read
+    const faults = [], article = document.querySelector("article") ?? document.querySelector("main");
+    const says = part => `${part.tagName.toLowerCase()} "${(part.textContent || part.alt || "").trim().slice(0, 50)}"`;
+    const seen = part => part.checkVisibility() && part.getBoundingClientRect().width > 0;
+    // What is wider than its column scrolls inside its box, which shows that there is more; nothing else leaves the column.
+    const edge = article.getBoundingClientRect().right + 1;
+    for (const part of article.querySelectorAll("pre, table, mjx-container, p, li, dt, dd, code, img, h1, h2, h3")) {
+        if (!seen(part)) continue;
+        const style = getComputedStyle(part), scrolls = ["auto", "scroll"].includes(style.overflowX);
+        if (scrolls && part.scrollWidth > part.clientWidth + 1 && !style.backgroundAttachment.includes("local"))
+            faults.push(`${says(part)} scrolls in its box without a mark`);
+        let box = part.parentElement;
+        while (box !== article && !["auto", "scroll"].includes(getComputedStyle(box).overflowX)) box = box.parentElement;
+        if (box === article && part.getBoundingClientRect().right > edge) faults.push(`${says(part)} runs out of its column`);
+    }
+    // A caption stands under its picture.
+    for (const figure of article.querySelectorAll("figure")) {
+        const caption = figure.querySelector("figcaption"), picture = figure.querySelector("img, svg, iframe, table");
+        if (!caption || !picture || !seen(caption)) continue;
+        const below = caption.getBoundingClientRect(), above = picture.getBoundingClientRect();
+        if (below.top < above.bottom - 1 || below.top > above.bottom + 60 || below.right < above.left || below.left > above.right)
+            faults.push(`the caption ${says(caption)} is not under its picture`);
+    }
+    // No block lies over the next.
+    const inFlow = part => {
+        const style = getComputedStyle(part);
+        return !["absolute", "fixed", "sticky"].includes(style.position) && style.display !== "inline";
+    };
+    const walk = parent => {
+        const blocks = [...parent.children].filter(part => part instanceof HTMLElement && seen(part) && inFlow(part));
+        for (let i = 0; i < blocks.length; i++) for (const other of blocks.slice(i + 1, i + 4)) {
+            const a = blocks[i].getBoundingClientRect(), b = other.getBoundingClientRect();
+            const wide = Math.min(a.right, b.right) - Math.max(a.left, b.left);
+            const high = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
+            if (wide > 2 && high > 2) faults.push(`${says(blocks[i])} and ${says(other)} lie over each other`);
+        }
+        for (const part of blocks) if (!part.matches("pre, table, mjx-container, p")) walk(part);
+    };
+    walk(article);
+    // A picture in which letters get small can be opened; letters of a drawn picture are large enough.
+    for (const picture of article.querySelectorAll("img"))
+        if (seen(picture) && picture.getBoundingClientRect().width < 0.999 * picture.naturalWidth && !picture.closest("a[href]"))
+            faults.push(`${picture.src.split("/").pop()} is shown smaller than it is, and does not open`);
+    for (const text of article.querySelectorAll("svg text")) {
+        if (!seen(text) || text.closest("mjx-container")) continue;
+        const size = parseFloat(getComputedStyle(text).fontSize) * Math.abs(text.getScreenCTM().a);
+        if (size < 11.9) faults.push(`"${text.textContent}" of a drawing has ${size.toFixed(1)} px`);
+    }
+    return faults;
+}"""
 SETTLED = """scheme => {  // the theme gives what scrolls a place among the tab stops a while after a change of size, and fades its colours
     const stops = [...document.querySelectorAll("pre")].every(pre =>
         pre.scrollWidth <= pre.clientWidth && pre.scrollHeight <= pre.clientHeight || pre.tabIndex === 0);
@@ -100,9 +150,7 @@ def transferred(address, url):
 def test_a_page_is_accessible_quiet_and_light_in_every_state(name, open_page, address):
     tab = open_page(f"{name}.html")
     weight = sum(transferred(address, url) for url in set(tab.asked) if url.startswith(address))
-    tab.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
-    tab.evaluate("document.querySelectorAll('button.toggle-button-hidden').forEach(button => button.click())")
-    assert tab.locator(".toggle-hidden").count() == 0
+    unfold(tab)
     for frame in tab.locator("article iframe").all():
         frame.scroll_into_view_if_needed()
         frame.content_frame.locator("main").wait_for()
@@ -139,14 +187,47 @@ def test_the_check_of_accessibility_finds_the_faults_of_the_theme_when_they_are_
     assert {"aria-deprecated-role", "label-content-name-mismatch", "image-alt", "color-contrast"} <= faults
 
 
+def unfold(tab):
+    """Open every fold of a page: what is hidden has to fit as well."""
+    tab.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
+    tab.evaluate("document.querySelectorAll('button.toggle-button-hidden').forEach(button => button.click())")
+    assert tab.locator(".toggle-hidden").count() == 0
+
+
 @pytest.mark.parametrize("name", PAGES + OTHERS)
-def test_every_picture_keeps_the_shape_of_its_file_and_stays_in_its_column(name, open_page):
+def test_pictures_keep_their_shape_and_everything_its_place_at_three_widths(name, open_page):
     tab, faults = open_page(f"{name}.html"), {}
-    for width in (1280, 390):
+    unfold(tab)
+    for width in (1280, 768, 390):
         tab.set_viewport_size({"width": width, "height": 900})
-        if found := tab.evaluate(SHAPES):
+        if found := tab.evaluate(SHAPES) + tab.evaluate(GEOMETRY):
             faults[width] = found
     assert faults == {}
+
+
+def test_the_check_of_places_finds_each_fault_that_is_put_in(open_page):
+    tab = open_page("elbo.html", 390)
+    unfold(tab)
+    assert tab.evaluate(GEOMETRY) == []
+    tab.evaluate("""() => {
+        const article = document.querySelector("article"), first = (what) => article.querySelector(what);
+        [...article.querySelectorAll("pre")].find(part => part.scrollWidth > part.clientWidth + 1).style.background = "none";
+        first("p").style.width = "600px";
+        first("h2").style.marginBottom = "-60px";
+        first("figure img").closest("a").replaceWith(first("figure img"));
+        [...article.querySelectorAll("figcaption")].at(-1).style.marginTop = "100px";
+        article.insertAdjacentHTML("beforeend", '<svg width="100" height="20"><text y="12" font-size="9">small</text></svg>');
+    }""")
+    faults = " | ".join(tab.evaluate(GEOMETRY))
+    for fault in (
+        "without a mark",
+        "runs out of its column",
+        "lie over each other",
+        "does not open",
+        "not under its picture",
+        "9.0 px",
+    ):
+        assert fault in faults, faults
 
 
 def test_the_check_of_shapes_finds_a_squashed_and_a_wide_picture(open_page):

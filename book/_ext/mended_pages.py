@@ -48,6 +48,8 @@ RULES = [  # pattern, what replaces it
     (r"<script (?=[^>]*src=)(?![^>]*(?:defer|async))", "<script defer "),
     (r'\s*<!-- Pre-loaded scripts[^>]*-->(\s*<link rel="preload" as="script"[^>]*>)+', ""),
     (r'<meta name="viewport" content="width=device-width, initial-scale=1"\s*/>\s*', ""),
+    # Colab shows no roles and directives: it opens the notebook in plain Markdown, which the workflow `pages` puts on a branch.
+    (r'(href="https://colab[^"]*/blob/)[\w.-]+/book/([\w-]+\.ipynb")', r"\1notebooks/\2"),
     # A page without text of its own (index, search, source) is described by its title.
     (r'\A((?:(?!name="description").)*?)(<title>([^<]*)</title>)', r'\1<meta name="description" content="\3" />\n\2'),
 ]

@@ -1,8 +1,10 @@
 """Run the chapters as a fresh Colab machine would: `make colab-check`, or `python book/_scripts/colab_check.py --only elbo`
 
+What runs is what Colab opens: the notebooks of `make notebooks`, and the assignments.
 Colab has the newest torch and torchvision, no checkout and no vaelib. So does the environment that is made here, without constraints.
 Each chapter gets a new environment on top of it and runs there, alone in an empty folder, in the fast tier. Its own first cell must
-install vaelib; only the address in it is replaced, by a copy of this checkout. The torch that was there must be there afterwards.
+install vaelib within a minute; only the address in it is replaced, by a copy of this checkout. The torch that was there must be there
+afterwards.
 """
 
 import argparse
@@ -24,8 +26,14 @@ TORCH = "import torch, torchvision; print(torch.__version__, torchvision.__versi
 VAELIB = "import vaelib; print(vaelib.__file__)"
 RUN = """
 import sys, nbformat, nbclient
-nbclient.NotebookClient(nbformat.read(sys.argv[1], as_version=4), timeout=1200, kernel_name="python3").execute()
+from datetime import datetime
+notebook = nbformat.read(sys.argv[1], as_version=4)
+nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3").execute()
+first = next(cell for cell in notebook.cells if cell.cell_type == "code").metadata.execution
+begin, end = (datetime.fromisoformat(first[key].replace("Z", "+00:00")) for key in ("iopub.execute_input", "shell.execute_reply"))
+print((end - begin).total_seconds())
 """
+SECONDS = 60  # of the first cell
 
 
 def chapters():
@@ -78,8 +86,11 @@ def solved(path, folder):
 
 def with_local_address(name, source, folder):
     """The chapter with `git+ADDRESS` replaced by the copy, in its first code cell and once."""
-    path = ROOT / "book" / f"{name}.ipynb"
-    notebook = nbformat.read(solved(path, folder) if name.startswith("assignments/") else path, as_version=4)
+    if name.startswith("assignments/"):
+        path = solved(ROOT / "book" / f"{name}.ipynb", folder)
+    else:
+        path = ROOT / "_build" / "notebooks" / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
     wanted = "git+" + yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     if first.source.count(wanted) != 1:
@@ -96,13 +107,15 @@ def check(name, base, source):
         alone.mkdir()
         before = call(python, "-c", TORCH)
         nbformat.write(with_local_address(name, source, folder), alone / "chapter.ipynb")
-        call(python, "-c", RUN, "chapter.ipynb", cwd=alone)
+        seconds = float(call(python, "-c", RUN, "chapter.ipynb", cwd=alone).splitlines()[-1])
+        if seconds > SECONDS:
+            raise ValueError(f"{name}: its first cell took {seconds:.0f} seconds, expected at most {SECONDS}")
         if call(python, "-c", TORCH, cwd=alone) != before:
             raise ValueError(f"{name}: torch was {before}, and is now {call(python, '-c', TORCH)}")
         installed = Path(call(python, "-c", VAELIB, cwd=alone))
         if folder / "environment" not in installed.parents:
             raise ValueError(f"{name}: vaelib came from {installed}, not from the first cell")
-    return before
+    return before, seconds
 
 
 def main():
@@ -116,8 +129,10 @@ def main():
         source = checkout(Path(folder, "checkout"))
         for name in asked.only or chapters():
             try:
-                torch, torchvision, _ = check(name, base, source).split(maxsplit=2)
-                print(f"{name}: runs, and leaves torch {torch} and torchvision {torchvision} alone", flush=True)
+                versions, seconds = check(name, base, source)
+                torch, torchvision, _ = versions.split(maxsplit=2)
+                kept = f"leaves torch {torch} and torchvision {torchvision} alone"
+                print(f"{name}: installs in {seconds:.0f} seconds, runs, and {kept}", flush=True)
             except (subprocess.CalledProcessError, ValueError) as error:
                 failed.append(name)
                 print(f"{name}: FAILED: {error}", flush=True)

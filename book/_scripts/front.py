@@ -1,33 +1,44 @@
-"""The pictures of the first page: the plane of digits to touch, and the map of the book.
+"""The pictures of the first page: the plane of digits to touch, the board to draw on, and the map of the book.
 
-    python book/_scripts/front.py          trains the model of the plane, a few minutes on one core, and draws both
-    python book/_scripts/front.py --map    draws the map only
+    python book/_scripts/front.py            trains the model of the plane, a few minutes on one core, and draws it and the map
+    python book/_scripts/front.py --board    trains the smaller model of the drawing board, as long, and draws that alone
+    python book/_scripts/front.py --map      draws the map only
 
-The model is a VAE with two latents, trained on MNIST; its held-out ELBO goes into results/front.json. The output in book/_static is
-committed: front-plane.html, which book/intro.md takes in, and the map for wide and for narrow screens.
+The models are VAEs with two latents, trained on MNIST; their held-out ELBOs go into results/front.json and results/front-board.json.
+The output in book/_static is committed: front-plane.html and front-board.html, which book/intro.md takes in, and the map for wide
+and for narrow screens. The page of the board holds both networks in 400 KB, which only the smaller model allows, with rounded
+weights; what the rounding changes in the ELBO of a test digit stands in its record.
 """
 
 import argparse
+import base64
 import importlib.util
 import json
 import re
 import textwrap
 import time
+from html import unescape
 from pathlib import Path
 
+import numpy as np
 import torch
 import yaml
 
 import vaelib
-from vaelib.book.widgets import latent_explorer
+from vaelib.book.widgets import drawing_board, latent_explorer
 from vaelib.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 STATIC = ROOT / "book" / "_static"
 COMMAND = "python book/_scripts/front.py"
 HIDDEN, EPOCHS, BATCH, RATE, SEED = (256, 128), 10, 256, 3e-3, 0
+BOARD_HIDDEN, BOARD_EPOCHS = (128, 64), 30
 START = "1.1, -0.7"  # where the figure begins: a clear digit, while the middle of the plane lies between several
 ALT = "A square full of small digits, the latent plane, and beside it the large digit that the decoder draws at the chosen point."
+BOARD_ALT = (
+    "A board with a handwritten digit; beside it the latent plane, test digits as dots, with the encoder's q as two small ellipses, "
+    "and the decoder's reconstruction."
+)
 STILL = ".vaelib-widget iframe { display: none; } .vaelib-widget .still { display: block !important; max-width: 100%; }"
 NO_SCRIPT = f"<noscript><style>{STILL}</style></noscript>"
 
@@ -57,7 +68,7 @@ STYLE = """
 .route { font: 13px system-ui, sans-serif; fill: var(--pst-color-text-base, #222832); }
 .route .box { fill: var(--pst-color-surface, #f5f6f7); stroke: var(--pst-color-border, #b9bfc7); }
 .route .step { font-size: 16px; font-weight: 600; }
-.route .module { font: 12px ui-monospace, monospace; fill: var(--pst-color-text-muted, #48566b); }
+.route .module { font: 13px ui-monospace, monospace; fill: var(--pst-color-text-muted, #48566b); }
 .route .way { fill: none; stroke: var(--pst-color-text-muted, #48566b); stroke-width: 2; }
 .route .dot, .route .head { fill: var(--pst-color-text-muted, #48566b); }
 .route a rect { fill: var(--pst-color-background, #fff); stroke: var(--pst-color-link, #0f5bc4); }
@@ -67,28 +78,69 @@ STYLE = """
 """
 
 
-def train():
-    """The model of the plane and its record: architecture, budget, held-out ELBO."""
+def train(hidden=HIDDEN, epochs=EPOCHS, command=COMMAND):
+    """A model with two latents and its record: architecture, budget, held-out ELBO."""
     images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
     torch.manual_seed(SEED)
-    model = vaelib.mlp_vae(images.image_shape, HIDDEN, latent_dim=2, activation="gelu")
-    config = vaelib.TrainConfig(epochs=EPOCHS, batch_size=BATCH, learning_rate=RATE, seed=SEED, device="cpu", progress=False)
+    model = vaelib.mlp_vae(images.image_shape, hidden, latent_dim=2, activation="gelu")
+    config = vaelib.TrainConfig(epochs=epochs, batch_size=BATCH, learning_rate=RATE, seed=SEED, device="cpu", progress=False)
     start = time.perf_counter()
     vaelib.fit(model, images, config=config)
     seconds = time.perf_counter() - start
     result = vaelib.evaluate(model, test)
-    network = "-".join(map(str, (784, *HIDDEN, 2)))
-    metrics = {"data": "mnist", "network": network, "epochs": EPOCHS, "training_seconds": seconds, "test": result.as_dict()}
-    return model, vaelib.ledger.entry(COMMAND, SEED, seconds, metrics)
+    network = "-".join(map(str, (784, *hidden, 2)))
+    metrics = {"data": "mnist", "network": network, "epochs": epochs, "training_seconds": seconds, "test": result.as_dict()}
+    return model, vaelib.ledger.entry(command, SEED, seconds, metrics)
+
+
+def without_caption(figure):
+    """The figure to touch without its caption, which stands in book/intro.md, and with a still picture where no script runs."""
+    return re.sub(r"<figcaption>.*?</figcaption>", NO_SCRIPT, figure, flags=re.DOTALL)
 
 
 def plane(model):
-    """The figure to touch, without its caption: that one stands in book/intro.md."""
+    """The figure to touch of the latent plane."""
     figure = latent_explorer(model, caption="in the page", alt=ALT).html
     if figure.count("\nmove(0, 0);\n") != 1:
         raise SystemExit("explorer.js: expected that it ends with a line move(0, 0); which this script changes")
-    figure = figure.replace("\nmove(0, 0);\n", f"\nmove({START});\n")
-    return re.sub(r"<figcaption>.*?</figcaption>", NO_SCRIPT, figure, flags=re.DOTALL)
+    return without_caption(figure.replace("\nmove(0, 0);\n", f"\nmove({START});\n"))
+
+
+def board(model):
+    """The figure to touch that is drawn on, and what rounding its weights changes: ELBOs of the page's model and of the model."""
+    images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
+    figure = without_caption(drawing_board(model, images, test, caption="in the page", alt=BOARD_ALT).html)
+    chosen = test[torch.randperm(len(test), generator=torch.Generator().manual_seed(SEED))[:1000]]
+    exact, rounded = (vaelib.heldout_elbo(one, chosen, num_samples=10).elbo for one in (model, page_model(page_data(figure))))
+    change = (rounded - exact).abs().double()
+    metrics = {"images": len(chosen), "mean_change": change.mean().item(), "largest_change": change.max().item()}
+    return figure, metrics | {"bytes": len(figure.encode())}
+
+
+def page_data(figure):
+    """The numbers that a figure to touch holds."""
+    page = unescape(re.search(r'srcdoc="([^"]*)"', figure)[1])
+    return json.loads(re.search(r"^const data = (.*);$", page, re.MULTILINE)[1])
+
+
+def page_layers(layers):
+    """The weights (fan_out, fan_in) and biases (fan_out,) of a network as the page computes with them."""
+    for layer in layers:
+        read = {name: base64.b64decode(text) for name, text in layer.items() if name != "bits"}
+        bias = torch.tensor(np.frombuffer(read["bias"], np.float32))
+        kind = {None: np.float32, 8: np.int8, 16: np.int16}[layer.get("bits")]
+        weight = torch.tensor(np.frombuffer(read["weight"], kind)).reshape(len(bias), -1)
+        yield weight * (torch.tensor(np.frombuffer(read["scale"], np.float32))[:, None] if "scale" in read else 1), bias
+
+
+def page_model(data):
+    """The model that a page with both networks computes with."""
+    hidden = [len(bias) for _, bias in page_layers(data["encoder"])][:-1]
+    model = vaelib.mlp_vae(tuple(data["shape"]), hidden, latent_dim=2, activation=data["activation"])
+    for network, layers in ((model.encoder, data["encoder"]), (model.decoder, data["layers"])):
+        for layer, (weight, bias) in zip([*network.hidden[::2], network.head], page_layers(layers), strict=True):
+            layer.weight.data, layer.bias.data = weight, bias
+    return model
 
 
 def link(file, x, y, width):
@@ -179,16 +231,27 @@ def check():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--map", action="store_true", help="draw the map only; train nothing")
+    parser.add_argument("--board", action="store_true", help="train the model of the drawing board and draw that only")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)  # for so small a model a second one gains little
+    if arguments.board:
+        model, record = train(BOARD_HIDDEN, BOARD_EPOCHS, f"{COMMAND} --board")
+        figure, record["metrics"]["page"] = board(model)
+        write("front-board", figure, record)
+        return
     check()
     write_text(STATIC / "front-map-wide.svg", wide_map())
     write_text(STATIC / "front-map-tall.svg", tall_map())
     if arguments.map:
         return
-    torch.set_num_threads(1)  # for so small a model a second one gains little
     model, record = train()
-    write_text(STATIC / "front-plane.html", plane(model))
-    write_text(ROOT / "results" / "front.json", json.dumps(record, indent=2) + "\n")
+    write("front", plane(model), record, "front-plane")
+
+
+def write(name, figure, record, file=None):
+    """A figure to book/_static, its record to results."""
+    write_text(STATIC / f"{file or name}.html", figure)
+    write_text(ROOT / "results" / f"{name}.json", json.dumps(record, indent=2) + "\n")
     print(json.dumps(record["metrics"]))
 
 

@@ -15,24 +15,29 @@ const activation = {
   silu: x => x / (1 + Math.exp(-x)),
 }[data.activation];
 
-// Weights come as float32, or as int8 with one scale for each row.
-const layers = data.layers.map(({weight, bias, scale}) => {
+// Weights come as float32, or as whole numbers of 8 or 16 bits with one scale for each row.
+const unpacked = layers => layers.map(({weight, bits, bias, scale}) => {
   const b = floats(bias);
   if (!scale) return {weight: floats(weight), bias: b};
-  const whole = new Int8Array(bytes(weight).buffer), scales = floats(scale), fanIn = whole.length / b.length;
+  const whole = new (bits === 16 ? Int16Array : Int8Array)(bytes(weight).buffer);
+  const scales = floats(scale), fanIn = whole.length / b.length;
   return {weight: Float32Array.from(whole, (value, i) => value * scales[Math.floor(i / fanIn)]), bias: b};
 });
 
-function decode(z) {
-  let h = Float32Array.from(z);
+// What the last layer gives, without an activation.
+function mlp(layers, input) {
+  let h = Float32Array.from(input);
   layers.forEach(({weight, bias}, depth) => {
     const out = new Float32Array(bias.length), last = depth === layers.length - 1;
     for (let row = 0, i = 0; row < out.length; row++) {
       let sum = bias[row];
       for (let column = 0; column < h.length; column++, i++) sum += weight[i] * h[column];
-      out[row] = last ? 255 / (1 + Math.exp(-sum)) : activation(sum);
+      out[row] = last ? sum : activation(sum);
     }
     h = out;
   });
   return h;
 }
+
+const layers = unpacked(data.layers);
+const decode = z => mlp(layers, z).map(logit => 255 / (1 + Math.exp(-logit)));
