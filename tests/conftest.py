@@ -74,6 +74,24 @@ def vaelib_command():
     return run
 
 
+@pytest.fixture
+def vaelib_here(monkeypatch, capfd):
+    """The same in this process, which has loaded torch already: what a command says and does, without the seconds of a start."""
+    from vaelib.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vaelib", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return subprocess.CompletedProcess(sys.argv, code, *capfd.readouterr())
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def browser():
     """A headless Chromium that asks nobody, or a skip where there is none."""

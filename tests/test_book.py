@@ -98,7 +98,8 @@ def test_a_closed_form_of_the_derivation_is_written_out_beside_what_does_not_use
 
 
 TRACE = re.compile(
-    r"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<unit>[^<\n\d]{0,24})<!-- (?P<file>[a-z0-9-]+):(?P<path>[^*>]+?)(?: \* (?P<factor>[\d.]+))? -->"
+    r"(?P<number>[-−]?\d[\d,]*(?:\.\d+)?)(?P<unit>[^<\n\d]{0,24})"
+    r"<!-- (?P<file>[a-z0-9-]+):(?P<path>[^*>]+?)(?: \* (?P<factor>-?[\d.]+))? -->"
 )
 
 
@@ -150,12 +151,13 @@ def test_every_mistake_of_the_chapter_that_a_checker_was_shown_is_named_by_it():
     from vaelib import checks
 
     rows = json.loads((ROOT / "results" / "mistakes.json").read_text())["metrics"]["rows"]
-    shown = {key: row["checker"].split(": ") for key, row in rows.items() if row["checker"] != "none"}
+    shown = {key: row["checker"].split(": ") for key, row in rows.items() if row.get("checker", "none") != "none"}
     assert len(shown) >= 20
     for key, (checker, mistake) in shown.items():
         tables = re.findall(r"\w+_MISTAKES", getattr(checks, checker).__doc__)
         listed = re.findall(r'"([a-z-]+)"', getattr(checks, checker).__doc__)
-        assert mistake in {name for table in tables for name in getattr(checks, table)} | set(listed), key
+        known = {name for table in tables for name in getattr(checks, table)} | set(listed)
+        assert set(mistake.split(" + ")) <= known, key
     assert sum("twin" in row for row in rows.values()) >= 18
 
 
@@ -192,7 +194,7 @@ def test_a_chapter_has_its_parts(name):
         assert part in text, part
     exercises = re.findall(r":::\{exercise\}\n:label: (\S+)", text)
     solutions = re.findall(r":::\{solution-start\} (\S+)\n:class: dropdown", text)
-    assert len(exercises) >= 4
+    assert len(exercises) >= 6
     assert exercises == solutions
     cells = chapter(name).cells
     for place, cell in enumerate(cells):
@@ -364,12 +366,10 @@ def test_each_doubling_of_the_hidden_layer_brings_less_than_the_one_before():
     assert gains[-1] > 0
 
 
-# chapters whose code is cut to the lesson; the others follow
-TAUGHT = ["elbo", "mnist-mlp", "cifar-conv", "generation", "retrieval", "evaluation", "on-a-gpu"]
 FOLDED = {"hide-input", "hide-cell", "remove-input", "remove-cell"}
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_a_visible_cell_is_short_and_no_line_is_cut_off(name):
     for cell in code_cells(name):
         lines = cell.source.splitlines()
@@ -378,7 +378,7 @@ def test_a_visible_cell_is_short_and_no_line_is_cut_off(name):
             assert len(lines) <= 20, cell.id
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_a_table_is_a_table_and_the_text_leads_to_it(name):
     for cell in code_cells(name):
         for output in cell.outputs:
@@ -386,7 +386,7 @@ def test_a_table_is_a_table_and_the_text_leads_to_it(name):
                 assert f"{{numref}}`{found[1]}`" in prose(name), found[1]
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", CHAPTERS)
 def test_a_chapter_has_exercises_of_three_kinds(name):
     """With pencil and paper, to code with a checker's or the library's answer, and to find out."""
     kinds = re.findall(r":::\{exercise\}[^\n]*\n:label: \S+\n(?::\S+:[^\n]*\n)*\n\*(.+?)\.\*", prose(name))

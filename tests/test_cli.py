@@ -47,8 +47,8 @@ def test_train_leaves_a_model_its_history_and_a_record_of_the_run(run_folder):
     assert record["training"]["epochs"] == 3
 
 
-def test_evaluate_prints_one_json_object_equal_to_the_library_s_answer(run_folder, vaelib_command):
-    done = vaelib_command("evaluate", run_folder, "--json", "--num-samples", 20)
+def test_evaluate_prints_one_json_object_equal_to_the_library_s_answer(run_folder, vaelib_here):
+    done = vaelib_here("evaluate", run_folder, "--json", "--num-samples", 20)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     expected = vaelib.evaluate(vaelib.load(run_folder), vaelib.load_images("digits", "test"), num_samples=20)
@@ -58,7 +58,7 @@ def test_evaluate_prints_one_json_object_equal_to_the_library_s_answer(run_folde
     assert result["log_likelihood"] == pytest.approx(expected.log_likelihood, abs=1e-3)
     assert result["effective_sample_size"] == pytest.approx(expected.effective_sample_size, rel=1e-2)
     assert result["share_of_few_draws"] == pytest.approx(expected.share_of_few_draws, abs=0.01)
-    plain = vaelib_command("evaluate", run_folder, "--split", "train")
+    plain = vaelib_here("evaluate", run_folder, "--split", "train")
     assert "elbo " in plain.stdout
 
 
@@ -70,12 +70,12 @@ def test_sample_writes_a_sheet_of_images(run_folder, vaelib_command, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["samples.png"]
 
 
-def test_sample_draws_a_grid_from_a_prior_fitted_to_the_training_images(run_folder, vaelib_command, tmp_path):
+def test_sample_draws_a_grid_from_a_prior_fitted_to_the_training_images(run_folder, vaelib_here, tmp_path):
     from vaelib.book.plotting import tile
     from vaelib.priors import fit_mixture
 
     options = ("--grid", "2x5", "--prior", "mixture", "--temperature", 0.7, "--seed", 3, "--device", "cpu", "--json")
-    done = vaelib_command("sample", run_folder, "--out", tmp_path / "a.png", *options)
+    done = vaelib_here("sample", run_folder, "--out", tmp_path / "a.png", *options)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {
         "out": str(tmp_path / "a.png"), "num_images": 10, "temperature": 0.7, "prior": "mixture", "seed": 3
@@ -90,12 +90,12 @@ def test_sample_draws_a_grid_from_a_prior_fitted_to_the_training_images(run_fold
     assert abs(found - expected).max() <= 1  # another process, another number of threads
 
 
-def test_sample_walks_between_two_image_files(run_folder, vaelib_command, tmp_path):
+def test_sample_walks_between_two_image_files(run_folder, vaelib_here, tmp_path):
     digits = vaelib.load_images("digits").pixels
     for name, image in (("a.png", digits[0, 0]), ("b.png", digits[1, 0])):
         Image.fromarray(image.numpy()).save(tmp_path / name)
     ends = ("--interpolate", tmp_path / "a.png", tmp_path / "b.png", "--kind", "spherical", "--device", "cpu")
-    done = vaelib_command("sample", run_folder, "--out", tmp_path / "way.png", *ends, "--num-images", 6, "--json")
+    done = vaelib_here("sample", run_folder, "--out", tmp_path / "way.png", *ends, "--num-images", 6, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_images"] == 6
     expected = vaelib.interpolate(vaelib.load(run_folder), digits[0], digits[1], 6, kind="spherical")
@@ -105,31 +105,31 @@ def test_sample_walks_between_two_image_files(run_folder, vaelib_command, tmp_pa
             found = np.asarray(sheet)[::3, 85 * step : 85 * step + 84 : 3].astype(int)
             assert abs(found - image[0].numpy().astype(int)).max() <= 1
     before = (tmp_path / "b.png").read_bytes()
-    done = vaelib_command("sample", run_folder, "--out", tmp_path / "b.png", *ends)
+    done = vaelib_here("sample", run_folder, "--out", tmp_path / "b.png", *ends)
     assert "b.png, which is an input, expected another file" in done.stderr
     assert (tmp_path / "b.png").read_bytes() == before
 
 
-def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_command):
+def test_train_does_not_overwrite_a_model_unasked(run_folder, vaelib_here):
     before = (run_folder / "model.safetensors").read_bytes()
-    done = vaelib_command("train", *QUICK, "--out", run_folder)
+    done = vaelib_here("train", *QUICK, "--out", run_folder)
     assert done.returncode == 2
     assert "already holds a model" in done.stderr
-    done = vaelib_command("train", *QUICK, "--out", run_folder, "--resume", "--overwrite")
+    done = vaelib_here("train", *QUICK, "--out", run_folder, "--resume", "--overwrite")
     assert "overwrite: got it beside --resume" in done.stderr
     record = (run_folder / "run.json").read_bytes()
-    done = vaelib_command("train", *QUICK, "--out", run_folder, "--resume")  # it is finished: nothing is trained or written
+    done = vaelib_here("train", *QUICK, "--out", run_folder, "--resume")  # it is finished: nothing is trained or written
     assert done.returncode == 0, done.stderr
     assert (run_folder / "run.json").read_bytes() == record
     assert (run_folder / "model.safetensors").read_bytes() == before
 
 
-def test_a_run_that_was_cut_off_between_its_last_step_and_its_record_gets_the_record(run_folder, tmp_path, vaelib_command):
+def test_a_run_that_was_cut_off_between_its_last_step_and_its_record_gets_the_record(run_folder, tmp_path, vaelib_here):
     out = tmp_path / "again"
     shutil.copytree(run_folder, out)
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps(record | {"metrics": record["metrics"] | {"stopped": "interrupted", "epochs": 0}}))
-    done = vaelib_command("train", *QUICK, "--out", out, "--resume")
+    done = vaelib_here("train", *QUICK, "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     found = json.loads((out / "run.json").read_text())["metrics"]
     assert (found["stopped"], found["epochs"], found["steps"]) == ("finished", record["metrics"]["epochs"], 0)
@@ -174,14 +174,13 @@ def test_a_run_that_was_cut_off_between_its_last_step_and_its_record_gets_the_re
     (("evaluate", "{run}", "--device", "meta"), "device: got 'meta'"),
     (("train", "--data", "digits", "--hidden", "1000000000000", "--out", "{tmp}/x"), "memory"),
 ])  # fmt: skip
-def test_bad_input_ends_with_one_line_and_status_2(arguments, message, run_folder, vaelib_command, tmp_path):
+def test_bad_input_ends_with_one_line_and_status_2(arguments, message, run_folder, here, tmp_path):
     (tmp_path / "file").write_text("precious")
-    done = vaelib_command(*(a.format(tmp=tmp_path, run=run_folder) for a in arguments), cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("vaelib: error: ")
-    assert len(done.stderr.splitlines()) == 1
-    assert message in done.stderr
-    assert done.stdout == ""
+    code, out, err = here(*(a.format(tmp=tmp_path, run=run_folder) for a in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("vaelib: error: ")
+    assert len(err.splitlines()) == 1
+    assert message in err
     assert (tmp_path / "file").read_text() == "precious"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # no folder was left behind
 
@@ -194,37 +193,37 @@ def test_missing_data_without_network_end_with_the_way_out(vaelib_command, tmp_p
     assert "VAELIB_DATA" in done.stderr
 
 
-def test_a_diverged_run_says_so_and_saves_nothing(vaelib_command, tmp_path):
+def test_a_diverged_run_says_so_and_saves_nothing(vaelib_here, tmp_path):
     wild = ("--optimizer", "SGD", "--learning-rate", "1e38", "--schedule", "constant", "--warmup", "0", "--clip-norm", "0")
-    done = vaelib_command("train", *QUICK, *wild, "--out", tmp_path / "run", "--json")
+    done = vaelib_here("train", *QUICK, *wild, "--out", tmp_path / "run", "--json")
     assert done.returncode == 2
     assert "vaelib: error: epoch 1, step 2: the" in done.stderr
     assert done.stdout == ""
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_command, tmp_path):
+def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_here, tmp_path):
     options = (
         *("--data", "shapes", "--model", "conv", "--channels", "4,8", "--latent-dim", "2x8x8", "--residual-blocks", "1"),
         *("--likelihood", '{"name": "gaussian", "learned": true, "discretized": true}', "--precision", "bf16", "--channels-last"),
         *("--epochs", "1", "--batch-size", "512", "--ema-decay", "0.9", "--flip", "--device", "cpu", "--out", tmp_path, "--json"),
     )
-    done = vaelib_command("train", *options)
+    done = vaelib_here("train", *options)
     assert done.returncode == 0, done.stderr
-    again = vaelib_command("train", *options, "--resume")
+    again = vaelib_here("train", *options, "--resume")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["valid_elbo"] == json.loads(done.stdout)["valid_elbo"]
-    other = vaelib_command("train", *options, "--resume", "--beta", "2")
+    other = vaelib_here("train", *options, "--resume", "--beta", "2")
     assert other.returncode == 2
     assert "belongs to another run: its config.beta is 1.0, expected 2.0" in other.stderr
     model = vaelib.load(tmp_path)
     assert model.latent_shape == (2, 8, 8)
     assert json.loads((tmp_path / "run.json").read_text())["model"] == model.config
-    done = vaelib_command("evaluate", tmp_path, "--json", "--elbo-samples", 1)
+    done = vaelib_here("evaluate", tmp_path, "--json", "--elbo-samples", 1)
     assert 0 < json.loads(done.stdout)["bits_per_dim"] < 10
 
 
-def test_a_hierarchical_model_is_trained_with_the_arguments_of_its_function(vaelib_command, tmp_path):
+def test_a_hierarchical_model_is_trained_with_the_arguments_of_its_function(vaelib_here, tmp_path):
     options = {"levels": [[2, 1], [1, 1]], "width": 8, "bottleneck": 4, "blocks": 1}
     small = (
         "--data",
@@ -236,21 +235,21 @@ def test_a_hierarchical_model_is_trained_with_the_arguments_of_its_function(vael
         "--likelihood",
         "discretized_logistic",
     )
-    done = vaelib_command("train", *small, "--epochs", "1", "--batch-size", "512", "--device", "cpu", "--out", tmp_path, "--json")
+    done = vaelib_here("train", *small, "--epochs", "1", "--batch-size", "512", "--device", "cpu", "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     model = vaelib.load(tmp_path)
     assert model.latent_shapes == [(2, 16, 16), (1, 32, 32)]
     assert json.loads(json.dumps(model.config)).items() >= options.items()
 
 
-def test_overwrite_leaves_nothing_of_the_old_run_even_when_the_new_one_fails(vaelib_command, tmp_path):
-    assert vaelib_command("train", *QUICK, "--out", tmp_path).returncode == 0
+def test_overwrite_leaves_nothing_of_the_old_run_even_when_the_new_one_fails(vaelib_here, tmp_path):
+    assert vaelib_here("train", *QUICK, "--out", tmp_path).returncode == 0
     (tmp_path / "checkpoint.pt").unlink()
-    done = vaelib_command("train", *QUICK, "--out", tmp_path, "--resume")  # a model without a checkpoint cannot be gone on with
+    done = vaelib_here("train", *QUICK, "--out", tmp_path, "--resume")  # a model without a checkpoint cannot be gone on with
     assert done.returncode == 2
     assert "already holds a model" in done.stderr
     wild = ("--optimizer", "SGD", "--learning-rate", "1e38", "--schedule", "constant", "--warmup", "0", "--clip-norm", "0")
-    assert vaelib_command("train", *QUICK, *wild, "--out", tmp_path, "--overwrite").returncode == 2
+    assert vaelib_here("train", *QUICK, *wild, "--out", tmp_path, "--overwrite").returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

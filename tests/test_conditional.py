@@ -425,15 +425,15 @@ def test_the_right_label_raises_the_held_out_elbo_above_another_label_s_and_an_u
         assert gain.mean() > 4 * gain.std() / math.sqrt(len(gain))
 
 
-def test_the_command_line_trains_and_evaluates_it(vaelib_command, tmp_path, test_set):
+def test_the_command_line_trains_and_evaluates_it(vaelib_here, tmp_path, test_set):
     options = ("--model", "conditional", "--hidden", "16", "--latent-dim", "3", "--epochs", "1", "--device", "cpu")
-    done = vaelib_command("train", "--data", "digits", *options, "--out", tmp_path, "--json")
+    done = vaelib_here("train", "--data", "digits", *options, "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     model = vaelib.load(tmp_path)
     assert (model.num_classes, model.latent_dim) == (10, 3)
-    done = vaelib_command("evaluate", tmp_path, "--json")
+    done = vaelib_here("evaluate", tmp_path, "--json")
     assert json.loads(done.stdout)["elbo"] == pytest.approx(evaluate(model, test_set).elbo, abs=1e-3)
-    done = vaelib_command("sample", tmp_path, "--out", tmp_path / "threes.png", "--grid", "1x4", "--label", 3)
+    done = vaelib_here("sample", tmp_path, "--out", tmp_path / "threes.png", "--grid", "1x4", "--label", 3)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "threes.png") as sheet:
         large = vaelib.generate(model.given(3), 4, seed=0).repeat_interleave(3, 2).repeat_interleave(3, 3)  # 28 to 64 or more
@@ -445,7 +445,7 @@ def test_the_command_line_trains_and_evaluates_it(vaelib_command, tmp_path, test
         (("--label", -2), "labels: got -2, expected labels from 0 to 9"),
         (("--label", 3, "--prior", "mixture"), "prior: got 'mixture' beside --label, expected 'standard'"),
     ):
-        done = vaelib_command("sample", tmp_path, "--out", tmp_path / "none.png", *label)
+        done = vaelib_here("sample", tmp_path, "--out", tmp_path / "none.png", *label)
         assert done.returncode == 2
         assert message in done.stderr
     assert not (tmp_path / "none.png").exists()

@@ -99,14 +99,14 @@ def test_a_folder_is_trained_on_scored_and_searched(photographs):
     assert index.search(valid, k=3).indices.shape == (20, 3)
 
 
-def test_the_command_line_trains_on_a_folder_and_scores_another(vaelib_command, photographs, tmp_path):
+def test_the_command_line_trains_on_a_folder_and_scores_another(vaelib_here, photographs, tmp_path):
     small = ("--model", "conv", "--channels", "8,16", "--latent-dim", "4", "--epochs", "1", "--batch-size", "20", "--device", "cpu")
-    done = vaelib_command("train", "--folder", photographs, "--size", "64", *small, "--out", tmp_path / "run", "--json")
+    done = vaelib_here("train", "--folder", photographs, "--size", "64", *small, "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["folder"] == str(photographs.resolve())
     model = vaelib.load(tmp_path / "run")
     assert model.image_shape == (3, 64, 64)
-    done = vaelib_command("evaluate", tmp_path / "run", "--folder", photographs / "temple", "--json")
+    done = vaelib_here("evaluate", tmp_path / "run", "--folder", photographs / "temple", "--json")
     assert done.returncode == 0, done.stderr
     expected = vaelib.evaluate(model, load_folder(photographs / "temple", (3, 64, 64)))
     result = json.loads(done.stdout)
@@ -121,17 +121,15 @@ def test_the_command_line_trains_on_a_folder_and_scores_another(vaelib_command, 
         (("train", "--grey", "--out", tmp_path / "no"), "grey: got it without --folder"),
         (("train", "--folder", tmp_path / "nowhere", "--out", tmp_path / "no"), "nowhere, expected a folder; there is none"),
     ]:
-        done = vaelib_command(*arguments)
+        done = vaelib_here(*arguments)
         assert done.returncode == 2
         assert message in done.stderr
     assert not (tmp_path / "no").exists()
 
 
-def test_grey_and_oblong_folders_train_too(vaelib_command, photographs, tmp_path):
+def test_grey_and_oblong_folders_train_too(vaelib_here, photographs, tmp_path):
     small = ("--hidden", "8", "--latent-dim", "2", "--epochs", "1", "--batch-size", "20", "--device", "cpu")
-    done = vaelib_command(
-        "train", "--folder", photographs, "--size", "12x16", "--grey", *small, "--out", tmp_path / "run", "--json"
-    )
+    done = vaelib_here("train", "--folder", photographs, "--size", "12x16", "--grey", *small, "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     assert vaelib.load(tmp_path / "run").image_shape == (1, 12, 16)
 

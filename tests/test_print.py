@@ -143,7 +143,7 @@ def test_a_chapter_that_does_not_exist_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", CHAPTERS)
 def test_no_raw_markup_is_left_on_a_slide(name, decks):
     page = deck(decks, name)
-    for sample in page.select("pre"):
+    for sample in page.select("pre, code"):
         sample.decompose()
     text = page.select_one(".slides").get_text()
     for raw in (r"\{[a-z:]+\}`", r":::", r"```", r"<!--", r"^\$\$", r"^\(\S+\)=", r"\]\(", r"\*\*", r"\(\)"):

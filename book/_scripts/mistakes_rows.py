@@ -1,8 +1,8 @@
 """Train the rows of the chapter mistakes with other seeds: `python book/_scripts/mistakes_rows.py [seed ...]`, 1 and 2 by default.
 
-The code is the chapter's own: its code cells up to the section that trains nothing more, run with another SEED. Figures, and cells
+The code is the chapter's own: its code cells up to the section that measures nothing more, run with another SEED. Figures, and cells
 that are tagged `one-seed`, are left out. Records go to results/mistakes-rows.json, by seed: command, commit, versions, hardware,
-seconds and what the chapter measures of each row. A seed that is there already is not run again.
+seconds and what the chapter measures of each row, its symptom and the collapse. A seed that is there already is not run again.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from vaelib.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "mistakes-rows.json"
-END = "(wrong-judgement)="  # from here on the chapter judges what it has trained
+END = "(sec-damage)="  # from here on the chapter compares what it has measured
 
 
 def training_cells():
@@ -52,8 +52,8 @@ def main():
             continue
         start = time.perf_counter()
         names = run(seed)
-        rows = {key: {k: v for k, v in row.items() if k != "symptom"} for key, row in names["rows"].items()}
-        metrics = {"rows": rows, "progress": names["progress"], "collapse": names["collapse"]}
+        rows = {key.replace("/", "~"): row for key, row in names["rows"].items()}
+        metrics = {"rows": rows, **{name: names[name] for name in ("symptoms", "progress", "collapse")}}
         record = entry(f"python book/_scripts/mistakes_rows.py {seed}", seed, time.perf_counter() - start, metrics)
         done = json.loads(ledger.read_text()) if ledger.exists() else {}
         write_text(ledger, json.dumps(dict(sorted((done | {str(seed): record}).items())), indent=2) + "\n")
