@@ -19,7 +19,7 @@ RENDER = $(BIN)/jupyter-book build book --config _config.yml --path-output . -W 
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows gpu features setup test test-unit test-notebooks test-real test-book book execute equations mutants lint benchmark clean
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows gpu features setup test test-unit test-notebooks test-real test-book book book-sphinx execute equations mutants lint benchmark clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,13 @@ book: $(READY) ## render the book to _build/html/index.html
 notebooks: $(READY) ## the chapters in plain Markdown, for Colab and Jupyter, in _build/notebooks; the pages offer them
 	$(RENDER) --builder custom --custom-builder notebooks
 	test ! -d _build/html/_sources || cp _build/notebooks/*.ipynb _build/html/_sources
+
+book-sphinx: $(READY) ## the same pages by plain sphinx-build, in _build/sphinx/html
+	mkdir -p _build/sphinx
+	cp _config.yml _build/sphinx
+	ln -sfn ../../book/_static ../../book/_vendor ../../book/references.bib _build/sphinx
+	$(BIN)/jupyter-book config sphinx book --config _build/sphinx/_config.yml
+	PYTHONPATH=book/_ext $(BIN)/sphinx-build -W -n --keep-going -q -c _build/sphinx book _build/sphinx/html
 
 pdf: book ## the book as one PDF, _build/vae-book.pdf (needs Chromium)
 	$(BIN)/python book/_scripts/pdf.py

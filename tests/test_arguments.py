@@ -1,16 +1,19 @@
 """What users hand over: NumPy's numbers, paths with a ~, and the checks that all modules share."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
 import vaelib
 from vaelib import _validation, cli, likelihoods, priors, storage
+from vaelib._validation import help_at
 from vaelib.book.ledger import record
 from vaelib.book.plotting import latent_scatter, show_images, training_curves
 from vaelib.data import load_folder, read_image
@@ -133,7 +136,7 @@ MESSAGE = "pixels: got levels of 0 and 1 only, expected 0..255, where 255 is whi
 def test_pixels_of_0_and_1_are_warned_of_where_they_are_handed_in(hand_in, small_vae, binary):
     with pytest.warns(UserWarning, match="pixels") as caught:
         hand_in(small_vae, binary)
-    assert [str(warning.message) for warning in caught] == [MESSAGE]
+    assert [str(warning.message) for warning in caught] == [MESSAGE + help_at("pixels-of-0-and-1")]
     assert caught[0].filename == __file__  # the user's line, not one of the library
 
 
@@ -144,7 +147,7 @@ def test_the_page_on_troubles_quotes_what_the_library_says():
         vaelib.conditional_vae((3, 32, 32), 10, (8,), 2), vaelib.image_set(LAST.permute(0, 3, 1, 2), name="mine")), "images")):  # fmt: skip
         with pytest.raises(ValueError, match=f"{argument}: got") as caught:
             call()
-        assert str(caught.value) in page
+        assert str(caught.value).partition("; see https:")[0] in page
     assert "OMP: Error #15" in page
     assert "KMP_DUPLICATE_LIB_OK" in page
 
@@ -155,7 +158,7 @@ def test_the_warning_comes_once_for_a_set_and_all_that_is_done_with_it(small_vae
         train, valid = vaelib.train_valid_split(vaelib.image_set(binary).to("cpu"), 10)
         vaelib.fit(small_vae, train, valid[:5], vaelib.TrainConfig(2, 10, progress=False, device="cpu"))
         vaelib.evaluate(small_vae, valid, 2)
-    assert [str(warning.message) for warning in caught] == [MESSAGE]
+    assert [str(warning.message) for warning in caught] == [MESSAGE + help_at("pixels-of-0-and-1")]
 
 
 @pytest.mark.parametrize("levels", [1 / 15, 1 / 16])
@@ -340,3 +343,35 @@ def test_a_tilde_is_the_home_folder_on_the_command_line_too(home, digits):
     assert list(Path.cwd().iterdir()) == []
     done = CliRunner().invoke(cli.app, ["train", "--out=~/run", *short])
     assert "already holds a model" in str(done.exception)
+
+
+def test_every_message_that_leads_to_the_page_on_troubles_leads_to_an_entry_that_is_there():
+    root = Path(__file__).parent.parent
+    page = (root / "book" / "troubleshooting.md").read_text(encoding="utf-8")
+    entries = set(re.findall(r"^\(([a-z0-9-]+)\)=\n(?:\*\*|```text)", page, re.MULTILINE))
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (root / "vaelib").rglob("*.py"))
+    named = set(re.findall(r"""help_at\(["']([^"']+)["']\)""", code))
+    assert named == entries
+    assert len(named) >= 10
+    base = yaml.safe_load((root / "_config.yml").read_text(encoding="utf-8"))["html"]["baseurl"]
+    assert help_at("no-network") == f"; see {base}troubleshooting.html#no-network"
+
+
+def test_what_users_get_wrong_most_ends_with_the_address_of_its_entry(small_vae, digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAELIB_DATA", str(tmp_path))
+    (tmp_path / "checkpoint.pt").touch()
+    config = vaelib.TrainConfig(epochs=1, device="cpu", progress=False)
+    conditional = vaelib.conditional_vae((1, 28, 28), 10, (8,), 2)
+    for entry, call in {
+        "no-network": lambda: vaelib.load_images("mnist", download=False),
+        "channels-last": lambda: vaelib.mlp_vae((28, 28, 1)),
+        "no-labels": lambda: vaelib.fit(conditional, vaelib.image_set(digits.pixels[:8])),
+        "other-device": lambda: small_vae.elbo(digits.pixels[:8].double() / 255),
+        "no-device": lambda: vaelib.fit(small_vae, digits, config=vaelib.TrainConfig(device="cuda:99")),
+        "cut-off": lambda: vaelib.fit(small_vae, digits, config=config, folder=tmp_path),
+        "no-resume": lambda: vaelib.fit(small_vae, digits, config=config, folder=tmp_path, resume=True),
+        "released-model": lambda: vaelib.load("mnist-mpl"),
+    }.items():
+        with pytest.raises(ValueError, match="expected|is truncated|is not in") as caught:
+            call()
+        assert str(caught.value).endswith(help_at(entry)), entry

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import os
 import re
 import shutil
 import subprocess
@@ -155,6 +156,10 @@ def library_files():
 def test_the_wheel_holds_the_library_its_assets_and_its_types_and_nothing_else(distributions):
     names = set(zipfile.ZipFile(distributions[0]).namelist())
     assert {"vaelib/py.typed", "vaelib/assets/page.js", "vaelib/assets/mnist-features.safetensors"} <= names
+    released = {
+        f"vaelib/assets/models/{name}/{file}" for name in vaelib.released() for file in ("config.json", "model.safetensors")
+    }
+    assert released | {"vaelib/assets/models/released.json"} <= names
     assert {name for name in names if ".dist-info/" not in name} == library_files()
 
 
@@ -202,3 +207,17 @@ def test_every_name_that_the_reference_lists_exists():
     assert len(listed) > 20
     for module, names in listed:
         assert [name for name in names.split(", ") if not hasattr(importlib.import_module(module), name)] == [], module
+
+
+def test_the_first_try_of_the_readme_runs_as_it_stands_in_under_a_minute(tmp_path):
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## `vaelib` on the first try\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.+?)```", section, re.DOTALL)
+    assert len([line for line in blocks[0].splitlines() if line and line != "import vaelib"]) == 5
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "VAELIB_DATA": str(tmp_path / "none"), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    said = float(re.search(r"near (-\d+)", blocks[0])[1])
+    assert abs(float(done.stdout) - said) < 4  # no seed is set: a training's spread
+    pictures = [path.name for path in tmp_path.iterdir()]
+    assert sorted(pictures) == ["digits.png", "samples.png"]

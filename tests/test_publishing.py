@@ -133,6 +133,8 @@ def copy(tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skipped)
     for file in ("README.md", "CITATION.cff", "_config.yml", "pyproject.toml", "CONTRIBUTING.md", "CHANGELOG.md"):
         shutil.copy(ROOT / file, tmp_path)
+    for file in (ROOT / "vaelib").glob("*.py"):
+        shutil.copy(file, tmp_path / "vaelib")
     return tmp_path
 
 

@@ -3,15 +3,20 @@
 import json
 import os
 import pickle
+import re
+import shutil
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import vaelib
-from vaelib import load, mlp_vae, save
+from vaelib import load, mlp_vae, save, storage
 from vaelib.likelihoods import LIKELIHOODS
 
+ROOT = Path(__file__).parent.parent
 FILES = ["config.json", "model.safetensors"]
 
 
@@ -218,3 +223,92 @@ def test_a_config_that_is_no_json_is_refused(text, saved):
     (saved / "config.json").write_bytes(text)
     with pytest.raises(ValueError, match="path: .*config.json is not a config written by vaelib.save"):
         load(saved)
+
+
+# --- released models
+
+RELEASED = ["cifar-map", "mnist-mlp", "mnist-plane"]
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """The released models in a folder that a test may damage."""
+    shutil.copytree(storage.RELEASED, tmp_path / "models")
+    monkeypatch.setattr(storage, "RELEASED", tmp_path / "models")
+    monkeypatch.setattr(storage, "MANIFEST", tmp_path / "models" / "released.json")
+    return tmp_path / "models"
+
+
+def test_the_released_models_are_small_and_each_has_its_record():
+    cards = vaelib.released()
+    assert sorted(cards) == RELEASED == sorted(path.name for path in storage.RELEASED.iterdir() if path.is_dir())
+    ledger = json.loads((ROOT / "results" / "released.json").read_text())
+    for name, card in cards.items():
+        assert (storage.RELEASED / name / "model.safetensors").stat().st_size <= 5_000_000
+        record = ledger[name]
+        assert card["test"] == record["metrics"]["test"]  # of the weights as stored: the same checksum
+        assert card["sha256"] == record["metrics"]["sha256"]
+        assert record["metrics"]["model"] == load(name).config
+        assert record["metrics"]["test"]["num_images"] == 10000
+        for commit in (record["commit"], card["training"]["commit"]):
+            assert re.fullmatch("[0-9a-f]{12}", commit)  # no "+changes"
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_model_is_loaded_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = load(name)
+    assert not model.training
+    pixels = vaelib.generate(model, 3, seed=0)
+    assert pixels.shape == (3, *model.image_shape)
+    assert torch.equal(vaelib.generate(load(name), 3, seed=0), pixels)
+    assert len(vaelib.reconstruct(model, pixels)) == 3
+
+
+def test_a_released_model_knows_digits_from_noise(digits):
+    noise = torch.randint(0, 256, (50, 1, 28, 28), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    for name in ("mnist-mlp", "mnist-plane"):
+        known, unknown = (vaelib.heldout_elbo(load(name), images).elbo.mean() for images in (digits[:50], noise))
+        assert known > unknown + 100
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", ["mnist-mlp", "mnist-plane"])
+def test_a_released_model_scores_what_its_card_says(name):
+    scores, card = vaelib.evaluate(load(name), vaelib.load_images("mnist", "test")), vaelib.released()[name]["test"]
+    assert scores.elbo == pytest.approx(card["elbo"], abs=0.01)
+
+
+def test_an_unknown_name_is_answered_with_the_names_that_there_are():
+    with pytest.raises(ValueError, match="path: got mnist-mpl, .* released models are 'cifar-map', 'mnist-mlp', 'mnist-plane'"):
+        load("mnist-mpl")
+
+
+def test_a_damaged_released_model_is_refused_and_says_what_to_do(copied):
+    weights = copied / "mnist-plane" / "model.safetensors"
+    whole = weights.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1  # one bit of one weight
+    for damage in (bytes(flipped), whole[:1000], b""):
+        weights.write_bytes(damage)
+        with pytest.raises(ValueError, match="the released model 'mnist-plane' is missing or damaged .*; install vaelib again"):
+            load("mnist-plane")
+    weights.unlink()
+    with pytest.raises(ValueError, match="the released model 'mnist-plane' is missing or damaged .*No such file"):
+        load("mnist-plane")
+    weights.write_bytes(whole)
+    assert load("mnist-plane").latent_dim == 2
+    config = copied / "mnist-plane" / "config.json"
+    config.write_text(config.read_text().replace("gelu", "relu"))
+    with pytest.raises(ValueError, match="they belong to another model"):
+        load("mnist-plane")
+
+
+def test_a_folder_with_the_name_of_a_released_model_comes_first_and_is_told_of(small_vae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(small_vae, "mnist-mlp")
+    with pytest.warns(UserWarning, match="path: got 'mnist-mlp', a folder here and a released model; the folder is loaded"):
+        assert load("mnist-mlp").config == small_vae.config
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load(tmp_path / "mnist-mlp").config == small_vae.config  # a path that is no bare name

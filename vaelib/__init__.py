@@ -49,7 +49,7 @@ from vaelib.objectives import (
     loss,
 )
 from vaelib.retrieval import LatentIndex, Neighbours, nearest_neighbours
-from vaelib.storage import load, save
+from vaelib.storage import load, released, save
 from vaelib.training import History, fit
 from vaelib.vae import VAE, conv_vae, mlp_vae, register_model
 
@@ -65,7 +65,7 @@ __all__ = [
     "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_divergence", "kl_per_unit",
     "latent_grid", "load", "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours",
     "plotting", "posterior_means", "priors", "quality", "rate_decomposition", "reconstruct", "register_kl",
-    "register_likelihood", "register_model", "reparameterize", "save", "train_valid_split", "two_layer_vae", "widgets",
+    "register_likelihood", "register_model", "released", "reparameterize", "save", "train_valid_split", "two_layer_vae", "widgets",
 ]  # fmt: skip
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+TROUBLES = "https://vaelib.github.io/vae-book/troubleshooting.html"
+
 
 def describe(value: Any) -> str:
     """A short description of a value for an error message: dtype and shape of a tensor, else type and repr."""
@@ -37,6 +39,11 @@ def plain(value: Any) -> Any:
 def as_path(path: str | os.PathLike[str]) -> Path:
     """`path` with a leading ~ expanded; every path that the library is given goes through here."""
     return Path(os.path.expanduser(path))  # pathlib's raises where ~name is no user, and so may be a file
+
+
+def help_at(section: str) -> str:
+    """The end of a message: where the book's page on troubles has more on it. `section` is a target of book/troubleshooting.md."""
+    return f"; see {TROUBLES}#{section}"
 
 
 def check_choice(argument: str, value: Any, options: Iterable[Any]) -> Any:
@@ -90,7 +97,9 @@ def check_image_shape(argument: str, value: Any) -> tuple[int, int, int]:
         raise ValueError(f"{argument}: got {describe(value)}, expected {expected}")
     channels, height, width = (check_int(f"{argument} = {expected}", side) for side in value)
     if channels_last((channels, height, width)):
-        raise ValueError(f"{argument}: got {tuple(value)}, expected (channels, height, width): the channels come first")
+        raise ValueError(
+            f"{argument}: got {tuple(value)}, expected (channels, height, width): the channels come first{help_at('channels-last')}"
+        )
     return channels, height, width
 
 
@@ -114,6 +123,7 @@ def warn_of_scale(argument: str, pixels: Tensor) -> None:
         reach = "of 0 and 1 only" if top == 1 else f"of at most {top}"
         warn(
             f"{argument}: got levels {reach}, expected 0..255, where 255 is white; multiply them by {255 // top} if {top} is white"
+            + help_at("pixels-of-0-and-1")
         )
 
 
@@ -129,7 +139,7 @@ def check_pixels(argument: str, value: Any, image_shape: Sequence[int] | None = 
     if len(value) == 0:
         raise ValueError(f"{argument}: got an empty set, shape {tuple(value.shape)}; expected at least one image")
     if image_shape is None and channels_last(value.shape[1:]):
-        way_out = "the channels come before height and width; permute(0, 3, 1, 2) moves them there"
+        way_out = "the channels come before height and width; permute(0, 3, 1, 2) moves them there" + help_at("channels-last")
         raise ValueError(f"{argument}: got shape {tuple(value.shape)}, expected (N, C, H, W): {way_out}")
     if image_shape is not None and tuple(value.shape[1:]) != tuple(image_shape):
         raise ValueError(f"{argument}: got images of shape {tuple(value.shape[1:])}, expected {tuple(image_shape)}")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vaelib._validation import describe, plain
+from vaelib._validation import describe, help_at, plain
 from vaelib.config import TrainConfig
 from vaelib.data import ImageSet
 from vaelib.storage import BROKEN, CHECKPOINT, atomic, build, check_weights, writable_folder
@@ -84,12 +84,13 @@ def read_checkpoint(folder: Path, expected: dict[str, Any], argument: str = "res
             raise ValueError(f"its {wrong[0]} is {describe(state[wrong[0]])}")
     except (OSError, EOFError, *BROKEN, pickle.PickleError, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split(".")[0].split())
-        raise ValueError(f"{argument}: {path} is truncated or no checkpoint of vaelib ({reason})") from error
+        raise ValueError(f"{argument}: {path} is truncated or no checkpoint of vaelib ({reason}){help_at('no-resume')}") from error
     if version != VERSION:
         raise ValueError(f"{argument}: {path} has version {version}, expected {VERSION}")
     for name, value in expected.items():
         if state.get(name) != value:
-            raise ValueError(f"{argument}: {path} belongs to another run: {difference(name, state.get(name), value)}")
+            found = difference(name, state.get(name), value) + help_at("no-resume")
+            raise ValueError(f"{argument}: {path} belongs to another run: {found}")
     return state
 
 

@@ -21,7 +21,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed
+from vaelib._validation import as_path, check_choice, check_int, check_number, check_seed, help_at
 from vaelib.book.ledger import entry
 from vaelib.book.reproduce import BUDGETS, OBJECTIVES, iwae_row
 from vaelib.checkpoints import load_checkpoint, read_checkpoint
@@ -293,7 +293,7 @@ def check_unused(out: Path, resume: bool, overwrite: bool) -> None:
         has = "already holds a model"
     elif CHECKPOINT in found:
         has = "already holds a checkpoint, --resume goes on from it"
-    raise ValueError(f"out: {out} {has}, expected another folder; --overwrite replaces it")
+    raise ValueError(f"out: {out} {has}, expected another folder; --overwrite replaces it{help_at('cut-off')}")
 
 
 def metrics_of(record: Path) -> dict[str, Any]:

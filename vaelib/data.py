@@ -28,6 +28,7 @@ from vaelib._validation import (
     check_pixels,
     check_seed,
     describe,
+    help_at,
     warn_of_scale,
 )
 from vaelib.files import as_pixels, image_and_label, read_files
@@ -307,6 +308,7 @@ def _fetch(name: str, root: Path, download: bool) -> None:
     if not missing:
         return
     way_out = "put the files there, or set VAELIB_DATA to a folder that has them, or use the bundled sets 'digits' and 'shapes'"
+    way_out += help_at("no-network")
     if not download:
         raise DataNotFoundError(f"{name}: {missing[0]} is not in {root} and download=False; {way_out}")
     from torchvision import datasets
@@ -362,6 +364,7 @@ def _read(name: str, split: str, root: Path) -> ImageSet:
         if not any(word in file for word in others) and not check_integrity(str(root / file), md5):
             raise ValueError(
                 f"{name}: the file {root / file} is truncated or corrupted (its md5 is not {md5}); delete it and load again"
+                + help_at("broken-file")
             )
     if name == "cifar10":
         cifar = CIFAR10(str(root), train=train)

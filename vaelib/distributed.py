@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vaelib._validation import help_at
 from vaelib.data import ImageSet
 from vaelib.objectives import ElboTerms
 
@@ -34,7 +35,9 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     if count is None:
         raise ValueError(f"device: got {device!r}, expected 'auto', 'cpu', 'cuda' or 'mps'")
     if (chosen.index or 0) >= count:
-        raise ValueError(f"device: got {device!r}, but torch finds no such device here; expected 'auto' or 'cpu'")
+        raise ValueError(
+            f"device: got {device!r}, but torch finds no such device here; expected 'auto' or 'cpu'{help_at('no-device')}"
+        )
     return chosen
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import noise
-from vaelib._validation import check_int, check_pixels, warn_of_scale
+from vaelib._validation import check_int, check_pixels, help_at, warn_of_scale
 from vaelib.data import ImageSet
 from vaelib.objectives import ElboTerms
 from vaelib.vae import VAE
@@ -73,7 +73,7 @@ def labels_for(model: VAE, argument: str, images: ImageSet) -> Tensor | None:
     except ValueError as error:
         if images.labelled:
             raise
-        expected = "expected labels, or model.given(label): the model is conditional"
+        expected = "expected labels, or model.given(label): the model is conditional" + help_at("no-labels")
         raise ValueError(f"{argument}: got {images.name!r} without labels, {expected}") from error
     return images.known_labels
 

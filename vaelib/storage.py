@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -16,10 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vaelib._validation import as_path, check_choice, describe
+from vaelib._validation import as_path, check_choice, describe, help_at, warn
 from vaelib.vae import MODELS, VAE
 
 WEIGHTS, CONFIG, CHECKPOINT, LOCK = "model.safetensors", "config.json", "checkpoint.pt", ".lock"
+RELEASED = Path(__file__).parent / "assets" / "models"  # a folder for each model that comes with the library
+MANIFEST = RELEASED / "released.json"
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError)  # what a config of nonsense raises
 
 
@@ -152,15 +155,57 @@ def save(model: VAE, path: str | Path) -> None:
         raise ValueError(f"path: got {path}, expected a folder that can be written ({error})") from error
 
 
+def released() -> dict[str, dict[str, Any]]:
+    """The trained models that come with vaelib, which `load` knows by name: what each was trained on, how, and what it scores.
+
+    Returns:
+        For each name a dict with ``data``, the image set; ``training``, the record of the run; ``test``, an `Evaluation` of the stored
+        weights on the whole test set, in nats per image; ``sha256`` of the weights.
+
+    Example:
+        >>> import vaelib
+        >>> sorted(vaelib.released())
+        ['cifar-map', 'mnist-mlp', 'mnist-plane']
+        >>> vaelib.load("mnist-plane").latent_dim
+        2
+    """
+    return read_object("released", MANIFEST)
+
+
+def found_folder(path: str | Path) -> Path:
+    """The folder that `load` reads: `path`, or that of the released model of this name, whose weights are checked first.
+
+    A folder comes first, with a warning where it hides a released model.
+    """
+    name, path = str(path), as_path(path)
+    card = released().get(name)
+    if path.exists():
+        if card:
+            warn(f"path: got {name!r}, a folder here and a released model; the folder is loaded{help_at('released-model')}")
+        return path
+    if card is None:
+        return path
+    try:
+        found = hashlib.sha256((RELEASED / name / WEIGHTS).read_bytes()).hexdigest()
+    except OSError as error:
+        found = str(error)
+    if found != card["sha256"]:
+        way_out = f"install vaelib again{help_at('released-model')}"
+        raise ValueError(f"path: the released model {name!r} is missing or damaged (its sha256 is {found}); {way_out}")
+    return RELEASED / name
+
+
 def load(path: str | Path, model: VAE | None = None) -> VAE:
-    """The model that `save` wrote to the folder `path`, on the CPU, in evaluation mode.
+    """The model that `save` wrote to the folder `path`, or a released one of that name, on the CPU, in evaluation mode.
 
     Args:
+        path: a folder, or a name of `released`, such as ``"mnist-mlp"``. A folder of that name comes first, with a warning.
         model: one that you built as the saved one was: it is given the weights, moved to the CPU and returned. Without it, a model or
             likelihood of your own must be registered first, see `register_model` and `register_likelihood`.
 
     Raises:
-        ValueError: If a file is missing or broken, the weights belong to another model, or one of them is not finite.
+        ValueError: If a file is missing or broken, the weights belong to another model, or one of them is not finite; if those of a
+            released model do not have their checksum.
 
     Example:
         >>> import tempfile, vaelib
@@ -169,13 +214,14 @@ def load(path: str | Path, model: VAE | None = None) -> VAE:
         ...     vaelib.load(folder).latent_dim
         2
     """
-    path = as_path(path)
+    path = found_folder(path)
     for name in (CONFIG, WEIGHTS):
         if not (path / name).is_file():
             cut = (
                 f" (but the {CHECKPOINT} of a run that was cut off, with which fit goes on: resume=True, or vaelib train --resume)"
             )
-            hint = cut if (path / CHECKPOINT).is_file() else ""
+            known = f"; released models are {', '.join(map(repr, sorted(released())))}{help_at('released-model')}"
+            hint = cut if (path / CHECKPOINT).is_file() else "" if path.exists() else known
             raise ValueError(f"path: got {path}, expected a folder written by vaelib.save; it has no {name}{hint}")
     try:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaelib._validation import as_path
+from vaelib._validation import as_path, help_at
 from vaelib.checkpoints import FILE, held_interrupts, identity_of, read_checkpoint, tensorboard_writer, write_checkpoint
 from vaelib.config import OPTIMIZERS as OPTIMIZERS
 from vaelib.config import TrainConfig, check_fit
@@ -207,7 +207,7 @@ class Run:
                 record |= validate(self.model, self.valid, self.config.seed, self.group)
                 if not math.isfinite(record["valid_elbo"]):
                     found = f"the held-out ELBO is {record['valid_elbo']}"
-                    raise FloatingPointError(f"epoch {epoch}: {found}; try a lower learning_rate")
+                    raise FloatingPointError(f"epoch {epoch}: {found}; try a lower learning_rate{help_at('diverged')}")
             self.good_weights = copy_of_weights(self.model)
         taken = rows[rows[:, 3] == 0]
         record |= {
@@ -312,7 +312,7 @@ def check_finite(epoch: int, trace: Tensor, model: VAE, history: History) -> Non
         wrong.append(f"the gradient's norm was {reason} in all {len(trace)} steps")
     wrong += [f"the weight {name} is not finite" for name, value in model.named_parameters() if not torch.isfinite(value).all()]
     if wrong:
-        raise FloatingPointError(f"epoch {epoch}, {wrong[0]}; try {advice}")
+        raise FloatingPointError(f"epoch {epoch}, {wrong[0]}; try {advice}{help_at('diverged')}")
 
 
 def validate(model: VAE, valid: ImageSet, seed: int, group: Group) -> dict[str, float]:
@@ -410,10 +410,11 @@ def fit(
             store.write(run)
     run.history.diverged = run.divergence()
     if run.history.diverged:
-        warnings.warn(f"training diverged: {run.history.diverged}; try a lower learning_rate or a clip_norm", stacklevel=2)
+        advice = f"try a lower learning_rate or a clip_norm{help_at('diverged')}"
+        warnings.warn(f"training diverged: {run.history.diverged}; {advice}", stacklevel=2)
     obstacle = run.history.not_replayed
     if obstacle and config.cuda_graph and run.device.type == "cuda":
-        warnings.warn(f"the steps were not replayed from a CUDA graph: {obstacle}", stacklevel=2)
+        warnings.warn(f"the steps were not replayed from a CUDA graph: {obstacle}{help_at('cuda-graph')}", stacklevel=2)
     return run.history
 
 
@@ -425,7 +426,8 @@ def check_folder(folder: str | Path | None, resume: bool, tensorboard: bool) -> 
         return None
     folder = as_path(folder)
     if (folder / FILE).exists() and not resume:
-        raise ValueError(f"folder: {folder} already holds a checkpoint, expected another folder, or resume=True to go on from it")
+        way_out = f"expected another folder, or resume=True to go on from it{help_at('cut-off')}"
+        raise ValueError(f"folder: {folder} already holds a checkpoint, {way_out}")
     if (folder / HISTORY).exists() and not (folder / FILE).exists():
         raise ValueError(f"folder: {folder} already holds a {HISTORY}, and no checkpoint to go on from; expected another folder")
     return folder

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vaelib._validation import check_image_shape, check_int, check_observation, describe, plain
+from vaelib._validation import check_image_shape, check_int, check_observation, describe, help_at, plain
 from vaelib.densities import Draw, Posterior, StandardNormal, kl_divergence
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder, check_channels, check_latent_dim
@@ -189,7 +189,8 @@ class VAE(nn.Module):
         check_observation("x", x, self.image_shape)
         weight = next(self.encoder.parameters(), x)
         if (x.dtype, x.device) != (weight.dtype, weight.device):
-            raise ValueError(f"x: got {x.dtype} on {x.device}, expected {weight.dtype} on {weight.device} as the encoder's weights")
+            expected = f"{weight.dtype} on {weight.device} as the encoder's weights{help_at('other-device')}"
+            raise ValueError(f"x: got {x.dtype} on {x.device}, expected {expected}")
         if validate:
             self.likelihood.check_values(x)
 

@@ -1,7 +1,8 @@
 """Give the repository another address: `python book/_scripts/address.py https://github.com/OWNER/REPO`
 
 The address is set in _config.yml. This changes it there and wherever else it is used: the first cells of the notebooks, README,
-CITATION.cff, pyproject.toml, the pages, the figures to touch, and the address of the published book on GitHub's pages.
+CITATION.cff, pyproject.toml, the pages, the figures to touch, the messages of the library, and the address of the published book on
+GitHub's pages.
 """
 
 import re
@@ -14,7 +15,17 @@ from vaelib.storage import write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = re.compile(r"https://github\.com/([\w-]+)/([\w-]+)")
-USERS = ("*.md", "*.cff", "*.toml", "_config.yml", "book/**/*.md", "book/**/*.ipynb", "book/**/*.py", "vaelib/assets/*.[jh]*")
+USERS = (
+    "*.md",
+    "*.cff",
+    "*.toml",
+    "_config.yml",
+    "book/**/*.md",
+    "book/**/*.ipynb",
+    "book/**/*.py",
+    "vaelib/*.py",
+    "vaelib/assets/*.[jh]*",
+)
 
 
 def moved(text, old, new):
