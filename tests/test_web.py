@@ -192,6 +192,7 @@ def unfold(tab):
     tab.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
     tab.evaluate("document.querySelectorAll('button.toggle-button-hidden').forEach(button => button.click())")
     assert tab.locator(".toggle-hidden").count() == 0
+    tab.wait_for_timeout(600)  # what opens moves for a while
 
 
 @pytest.mark.parametrize("name", PAGES + OTHERS)

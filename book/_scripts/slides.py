@@ -233,6 +233,11 @@ def inner(tag):
     return tag.decode_contents().strip()
 
 
+def fits(table):
+    """Whether a table comes on slides: a long one stays in the book, where links to it lead."""
+    return len(table.find_all("tr")) <= PRINTED[1]
+
+
 def blocks(part, folder, address):
     """The blocks of a section, in order."""
     for tag in part.find_all(True, recursive=False):
@@ -245,8 +250,8 @@ def blocks(part, folder, address):
         elif tag.name in {"ul", "ol"}:
             yield Block("list", tag.name, [inner(item) for item in tag.find_all("li", recursive=False)])
         elif tag.name == "table":
-            rows = [str(row) for row in tag.find_all("tr")]
-            if len(rows) <= PRINTED[1]:
+            if fits(tag):
+                rows = [str(row) for row in tag.find_all("tr")]
                 yield Block("table", str(tag.caption or ""), rows, label=tag.get("id", ""))
         elif tag.name == "figure":
             yield figure(tag, folder, address)
@@ -433,7 +438,7 @@ def make(folder, out, only=()):
     pages = {name: article(folder / f"{name}.html", f"{site}{name}.html") for name in book}
     decks = {f"{site}{name}.html": f"{name}.html" for name in book}  # where a link leads that can lead to a slide
     for name, page in pages.items():
-        places = [tag["id"] for tag in page.select("div.math[id], figure[id], table[id]")]
+        places = [tag["id"] for tag in page.select("div.math[id], figure[id], table[id]") if tag.name != "table" or fits(tag)]
         decks |= {f"{site}{name}.html#{place}": f"{name}.html#/{place}" for place in places}
     out.mkdir(parents=True, exist_ok=True)
     counts, rows = {}, []
