@@ -1,7 +1,8 @@
 """Train the GAN of the chapter `generation` three times: `python book/_scripts/gan_rows.py [gan-0 stages ...]`, default: all missing.
 
-Each `gan-SEED` is one training, scored as it goes with the chapter's protocol; its clock is CPU time without the scoring, so that a
-busy machine does not lengthen it. It keeps the scores at each checkpoint, and for the last one samples, as a picture. `stages` fits the
+Each `gan-SEED` is one training, on a GPU where there is one, scored as it goes with the chapter's protocol. Its clock is CPU time
+without the scoring, so that a busy machine does not lengthen it. It keeps the scores at each checkpoint, and for the last one samples,
+as a picture. `stages` fits the
 second stage in several sizes to the codes of the chapter's VAE, trained with the seed 0 by `sample_rows.py`, and scores held-out codes.
 Records go to results/gan-rows.json; "summary" has the mean and the standard deviation over the GANs' trainings.
 """
@@ -34,8 +35,9 @@ from sample_rows import drawn, thresholded, trained
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "gan-rows.json"
 SEEDS = (0, 1, 2)
-CHECKPOINTS = (1, 2, 4, 6, 8, 10, 12, 14, 16)  # epochs
+CHECKPOINTS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160)  # epochs
 BATCH, LATENTS, WIDTH, N = 64, 64, 32, 10000
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STAGES = {
     "as in the chapter": {},
     "its own scales": None,  # `OwnScales`
@@ -61,7 +63,7 @@ def networks(seed):
     for layer in [*generator.modules(), *discriminator.modules()]:
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.normal_(layer.weight, 0, 0.02)
-    return generator.to(memory_format=torch.channels_last), discriminator.to(memory_format=torch.channels_last)
+    return [net.to(DEVICE, memory_format=torch.channels_last) for net in (generator, discriminator)]
 
 
 def gan(seed):
@@ -70,7 +72,7 @@ def gan(seed):
     images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
     train, _ = vaelib.train_valid_split(images, len(images) // 12, seed=0)
     generator, discriminator = networks(seed)
-    half = torch.autocast("cpu", torch.bfloat16)
+    half = torch.autocast(DEVICE.type, torch.bfloat16)
     step_g, step_d = (torch.optim.Adam(n.parameters(), 2e-4, betas=(0.5, 0.999), fused=True) for n in (generator, discriminator))
     draw, softplus = torch.Generator().manual_seed(seed), nn.functional.softplus
     net, kinds = mnist_features(), {"grey": lambda p: p, "drawn": lambda p: drawn(p, 1), "thresholded": thresholded}
@@ -79,17 +81,17 @@ def gan(seed):
     def samples(num, seed):
         generator.eval()
         with torch.no_grad():
-            z = torch.randn(num, LATENTS, generator=torch.Generator().manual_seed(seed))
-            pixels = torch.cat([(255 * generator(part)).round().to(torch.uint8) for part in z.split(500)])
+            z = torch.randn(num, LATENTS, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+            pixels = torch.cat([(255 * generator(part)).round().to(torch.uint8) for part in z.split(500)]).cpu()
         generator.train()
         return pixels
 
     curve, seconds = [], 0.0
     for epoch in range(1, CHECKPOINTS[-1] + 1):
         clock = time.process_time()
-        for pixels in vaelib.minibatches(train, BATCH, draw):
+        for pixels in vaelib.minibatches(train.to(DEVICE), BATCH, draw):
             with half:
-                fake = generator(torch.randn(len(pixels), LATENTS, generator=draw))
+                fake = generator(torch.randn(len(pixels), LATENTS, generator=draw).to(DEVICE))
                 told = discriminator(pixels / 255).float(), discriminator(fake.detach()).float()
             step_d.zero_grad()
             (softplus(-told[0]) + softplus(told[1])).mean().backward()
@@ -107,7 +109,7 @@ def gan(seed):
             features = {kind: features_of(net, of(pixels)) for kind, of in kinds.items()}
             scores = {kind: frechet_distance(real[kind], features[kind]) for kind in kinds}
             curve.append({"epoch": epoch, "seconds": round(seconds, 1), **scores})
-            print(f"gan-{seed}: epoch {epoch:2}, {seconds:4.0f} s, thresholded {scores['thresholded']:.1f}", flush=True)
+            print(f"gan-{seed}: epoch {epoch:3}, {seconds:4.0f} s, thresholded {scores['thresholded']:.1f}", flush=True)
     some = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:1000]
     near = nearest_training_images(pixels[some], train).distances
     scores = manifold_scores(real["thresholded"], features["thresholded"])._asdict()
