@@ -1,16 +1,22 @@
 """The rendered pages, where they were built (`make book`): alt texts, links, Colab buttons, nothing fetched from elsewhere."""
 
 import re
+import sys
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import numpy as np
 import pytest
 import yaml
 from bs4 import BeautifulSoup
+from PIL import Image
 from test_book import CHAPTERS, CONTENTS, prose
 
 ROOT = Path(__file__).parent.parent
 HTML = ROOT / "_build" / "html"
+sys.path.insert(0, str(ROOT / "book" / "_ext"))
+from dark_figures import dark  # noqa: E402
+
 PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
 ASSIGNMENTS = [name for name in PAGES if name.startswith("assignments/")]
 
@@ -26,7 +32,7 @@ def page(name):
 
 @pytest.mark.parametrize("name", PAGES)
 def test_images_have_alt_texts_that_are_no_paths(name):
-    images = page(name).select("article img")
+    images = page(name).select("article img:not(.only-dark)")  # that of dark pages has the alt text of its fellow
     alts = [image.get("alt", "") for image in images]
     assert all(len(alt) > 40 and "/" not in alt[:20] and not alt.endswith(".png") for alt in alts), alts
     assert len(set(alts)) == len(alts)
@@ -127,3 +133,43 @@ def test_a_figure_to_touch_answers_pointer_and_key_with_the_network_cut(name, nu
         assert asked == []
     finally:
         context.close()
+
+
+def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_were():
+    ground, ink, blue = (np.array(rgb, np.uint8) for rgb in ((255, 255, 255), (0, 0, 0), (0, 114, 178)))
+    drawing = np.tile(ground, (60, 80, 1))
+    drawing[30, 5:75], drawing[5:55, 40] = ink, blue
+    turned = np.asarray(dark(Image.fromarray(drawing)))
+    assert turned[0, 0, 3] == 0  # nothing: the page shows
+    assert turned[30, 10].tolist() == [255, 255, 255, 255]
+    red, green, light_blue, cover = turned[10, 40].astype(int)
+    assert light_blue == cover == 255 > green > red  # still blue, and lighter
+    assert green > 114
+
+    grid = np.tile(ground, (60, 124, 1))  # a label and two photographs, between which is a gap
+    grid[20:40, 4:10] = ink
+    noise = np.random.default_rng(0).integers(0, 200, (60, 50, 3), np.uint8)
+    grid[:, 20:70], grid[:, 74:124] = noise, noise[::-1]
+    turned = np.asarray(dark(Image.fromarray(grid)))
+    np.testing.assert_array_equal(turned[:, 20:70, :3], noise)
+    np.testing.assert_array_equal(turned[:, 74:124, :3], noise[::-1])
+    assert (turned[:, 20:70, 3].min(), turned[:, 70:74, 3].max(), turned[0, 0, 3]) == (255, 0, 0)
+    assert turned[30, 6].tolist() == [255, 255, 255, 255]
+
+    page = np.tile(ground, (300, 500, 1))  # the same laid out freely, the photographs large
+    page[20:40, 4:10], page[100:220, 100:300] = ink, np.kron(noise[:12, :20], np.ones((10, 10, 1), np.uint8))
+    turned = np.asarray(dark(Image.fromarray(page), free=True))
+    np.testing.assert_array_equal(turned[100:220, 100:300, :3], page[100:220, 100:300])
+    assert (turned[0, 0, 3], turned[30, 6, 0]) == (0, 255)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_figure_has_a_drawing_for_each_scheme(name):
+    soup, folder = page(name), (HTML / f"{name}.html").parent
+    light, night = soup.select("article img.only-light"), soup.select("article img.only-dark")
+    assert [image["src"].replace(".png", ".dark.png") for image in light] == [image["src"] for image in night]
+    assert [image["alt"] for image in light] == [image["alt"] for image in night]
+    for image in night:
+        with Image.open(folder / image["src"]) as figure, Image.open(folder / image["src"].replace(".dark", "")) as other:
+            assert figure.size == other.size
+            assert figure.getpixel((0, 0))[3] == 0 or figure.getpixel((figure.width - 1, figure.height - 1))[3] == 0, image["src"]

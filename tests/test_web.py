@@ -32,10 +32,11 @@ RUN_AXE = """async () => {
 SHAPES = """async () => {  // of every picture, after the reader has come to it: what is wrong with its shape or its place
     const faults = [];
     for (const picture of document.querySelectorAll("img")) {
+        if (!picture.checkVisibility()) continue;  // that of the other scheme
         picture.scrollIntoView();
         await picture.decode().catch(() => faults.push(`${picture.src} is not loaded`));
         const box = picture.getBoundingClientRect();
-        if (!picture.checkVisibility() || !box.width) continue;
+        if (!box.width) continue;
         let column = picture.parentElement;
         while (getComputedStyle(column).display.startsWith("inline")) column = column.parentElement;
         const edges = column.getBoundingClientRect();

@@ -6,12 +6,13 @@
 import hashlib
 import re
 import shutil
-import struct
 from html import escape, unescape
 from pathlib import Path
 from urllib.parse import urljoin, urlparse
 
+from dark_figures import dark
 from docutils import nodes
+from PIL import Image
 from sphinx.util.osutil import relative_uri
 
 LENGTH = 110  # a description ends with the sentence that reaches so many characters
@@ -102,14 +103,25 @@ def not_found(app):
 
 
 def lighter(page: str, address: str, folder: Path) -> str:
-    """The page with its figures loaded as the reader comes to them: images keep their place, figures to touch get files of their own."""
+    """The page with its figures loaded as the reader comes to them: images keep their place, figures to touch get files of their own.
+
+    Each image gets a second drawing for dark pages, of which a reader loads one.
+    """
 
     def image(match):
         path = (folder / address).parent / match[1]
-        width, height = struct.unpack(">II", path.read_bytes()[16:24])  # of a PNG file
-        lazy = f'<img loading="lazy" width="{width}" height="{height}"{match[0][4:]}'
+        other = path.with_suffix(".dark.png")
+        with Image.open(path) as figure:
+            width, height = figure.size
+            if not other.exists() or other.stat().st_mtime < path.stat().st_mtime:
+                dark(figure, free=path.name.startswith("open-")).save(other)
+        rest = re.sub(r' class="[^"]*"', "", match[0][4:])
+        pair = [
+            f'<img loading="lazy" class="only-{scheme}" width="{width}" height="{height}"{text}'
+            for scheme, text in (("light", rest), ("dark", rest.replace(match[1], match[1][:-3] + "dark.png")))
+        ]
         linked = re.search(r"<a [^>]*>\s*\Z", page[: match.start()])
-        return lazy if linked else f'<a href="{match[1]}">{lazy}</a>'  # a tap enlarges it
+        return "".join(pair) if linked else f'<a href="{match[1]}">{"".join(pair)}</a>'  # a tap enlarges it
 
     def frame(match):
         data = unescape(match[1]).encode()
