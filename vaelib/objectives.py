@@ -148,7 +148,8 @@ def doubly_reparameterized_bound(draw: Draw) -> Tensor:
     Raises:
         ValueError: Unless q is one diagonal Gaussian for each image.
     """
-    log_weights = draw._replace(q=draw.gaussian("objective: got 'dreg' for").detach()).log_weights
+    constant = draw.gaussian("objective: got 'dreg' for").detach()
+    log_weights = draw.log_likelihood + draw.p.log_prob(draw.z) - constant.log_prob(draw.z)
     if draw.z.requires_grad:
         weights = log_weights.detach().softmax(0)[..., None]  # (K, N, 1)
         draw.z.register_hook(lambda gradient: weights * gradient)

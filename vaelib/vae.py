@@ -153,7 +153,8 @@ class VAE(nn.Module):
             ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats, and `.kl_per_unit` (N, L).
         """
         drawn = self.draw(x, num_samples, eps, generator, validate)
-        return drawn.terms._replace(penalty=self.penalty(x, drawn))
+        log_likelihood, kl, by_unit, *_ = drawn.terms
+        return ElboTerms(log_likelihood, kl, by_unit, self.penalty(x, drawn))
 
     def penalty(self, x: Tensor, draw: Draw) -> Tensor | None:
         """A further term of the loss, (N,) or one number, for a class of your own to define: `fit` adds it, no estimate does."""
