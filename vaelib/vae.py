@@ -153,7 +153,7 @@ class VAE(nn.Module):
             ElboTerms with `.log_likelihood`, `.kl` and `.elbo`, each (N,), in nats, and `.kl_per_unit` (N, L).
         """
         drawn = self.draw(x, num_samples, eps, generator, validate)
-        log_likelihood, kl, by_unit, *_ = drawn.terms
+        log_likelihood, kl, by_unit, *_ = drawn.terms  # and not `_replace`, at which the compiler of torch 2.11 stops
         return ElboTerms(log_likelihood, kl, by_unit, self.penalty(x, drawn))
 
     def penalty(self, x: Tensor, draw: Draw) -> Tensor | None:
