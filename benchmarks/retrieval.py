@@ -1,12 +1,12 @@
 """Recall against queries per second of the three methods of `LatentIndex`, and exact search beside FAISS's flat index.
 
-    python benchmarks/retrieval.py [--size 1000000] [--rounds 5] [--json]
+    python benchmarks/retrieval.py [--size 1000000] [--flat 60000] [--rounds 5] [--json]
 
 Needs `pip install faiss-cpu`. Codes are synthetic, of 64 dimensions, from a mixture of 1000 components: each has a centre from N(0, I)
 and spreads in 8 random directions with deviation 0.5 and in all others with 0.1, as latent codes crowd near sheets of few
 dimensions. (Codes from N(0, I) itself have no neighbourhoods that an approximate index could follow.) The queries are new draws.
 
-- `flat`: exact search of 60000 codes from N(0, I), k = 10: `nearest_neighbours` and FAISS's `IndexFlatL2`, 1000 queries in one call and
+- `flat`: exact search of `--flat` codes from N(0, I), k = 10: `nearest_neighbours` and FAISS's `IndexFlatL2`, 1000 queries in one call and
   in ten. They take turns, round by round; the fastest round of each counts, since other work on the machine only ever adds time.
 - `methods`: `LatentIndex.search` of `--size` codes with 1000 queries at once, k = 10: seconds to build, and for each effort the queries
   per second and the recall, the share of the true ten neighbours among the ten that were found.
@@ -58,10 +58,10 @@ def fastest(works, rounds):
     return {name: min(times[1:]) for name, times in seconds.items()}
 
 
-def beside_flat(rounds):
-    """Queries per second of exact search, ours and FAISS's."""
+def beside_flat(count, rounds):
+    """Queries per second of exact search of so many codes, ours and FAISS's."""
     generator = torch.Generator().manual_seed(0)
-    codes, queries = torch.randn(60000, LATENTS, generator=generator), torch.randn(QUERIES, LATENTS, generator=generator)
+    codes, queries = torch.randn(count, LATENTS, generator=generator), torch.randn(QUERIES, LATENTS, generator=generator)
     flat = faiss.IndexFlatL2(LATENTS)
     flat.add(codes.numpy())
     expected = flat.search(queries.numpy(), K)[1]
@@ -114,21 +114,23 @@ def methods(size, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=int, default=1_000_000, help="codes in the index; 0 leaves this part out")
+    parser.add_argument("--flat", type=int, default=60_000, help="codes of the exact search")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     start = time.perf_counter()
-    metrics = {"flat": beside_flat(arguments.rounds)}
+    metrics = {"flat": beside_flat(arguments.flat, arguments.rounds)}
     if arguments.size:
         metrics["size"], metrics["methods"] = arguments.size, methods(arguments.size, arguments.rounds)
     command = f"python benchmarks/retrieval.py --size {arguments.size} --rounds {arguments.rounds}"
+    command += f" --flat {arguments.flat}" * (arguments.flat != 60_000)
     made = record("retrieval-speed", command, 0, time.perf_counter() - start, metrics)
     if arguments.json:
         print(json.dumps(made))
         return
     print(f"{hardware()['processor']}, {torch.get_num_threads()} threads")
     for name, rate in metrics["flat"]["queries_per_second"].items():
-        print(f"  60000 codes  {name:24} {rate:8} queries/s")
+        print(f"  {arguments.flat} codes  {name:24} {rate:8} queries/s")
     for call, ratio in metrics["flat"]["vaelib_over_faiss_flat"].items():
         print(f"  {call}: vaelib is {ratio} times as fast as FAISS's flat index")
     for method, rows in metrics.get("methods", {}).items():

@@ -15,9 +15,11 @@ Two workloads, batch 128 and Adam: `mnist`, the 784-400-20 Bernoulli VAE with dy
 
 The rows take turns, round by round, so that a slow minute of the machine meets them all; the fastest round of each counts, since
 other work on the machine only ever adds time. On CUDA a round of `fit` has 20 epochs, so that the recording is paid once for
-2000 or 400 steps. Wanted on an H100 or H200: on `mnist` `fit` at least 25 times as fast as `DataLoader` and 10 times as `pythae`, on
-`cifar` at least 5 times as `pythae`; an H100 gave 27, 9.1 and 2.5 (results/train-throughput-gpu.json). `share of the chip` is a row's multiplications and additions per second over those
-of one large square matrix product in float32, measured in the same run. `memory` is the most that the device held (CUDA only).
+2000 or 400 steps.
+Wanted on an H100 or H200: on `mnist` `fit` at least 25 times as fast as `DataLoader` and 10 times as `pythae`, on `cifar` at least
+5 times as `pythae`; an H100 gave 27, 9.1 and 2.5 (results/train-throughput-gpu.json). `share of the chip` is a row's
+multiplications and additions per second over those of one large square matrix product in float32, measured in the same run.
+`memory` is the most that the device held (CUDA only).
 With VAELIB_RESULTS set the table is entered into the ledger as `train-throughput`, or as NAME. `--rehearse` only shows that it runs,
 on few images of `digits` and `shapes`, without the rows that need torchvision's data or a compiler.
 """

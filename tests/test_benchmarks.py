@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_search_benchmark_runs_and_compares_like_with_like():
     pytest.importorskip("faiss", reason="the approximate methods are FAISS's: pip install faiss-cpu")
-    command = [sys.executable, "benchmarks/retrieval.py", "--size", "3000", "--rounds", "1", "--json"]
+    command = [sys.executable, "benchmarks/retrieval.py", "--size", "3000", "--flat", "3000", "--rounds", "1", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     metrics = json.loads(done.stdout)["metrics"]
     rates = metrics["flat"]["queries_per_second"]
