@@ -96,6 +96,13 @@ def estimate_by_distributions(model, x, num_samples):
     return w.logsumexp(0) - math.log(num_samples)
 
 
+def estimate_in_parts(model, x, num_samples, size):
+    """The mean of the estimates of parts of the draws, each a bound of its own."""
+    sizes = [size] * (num_samples // size) + [num_samples % size] * (num_samples % size > 0)
+    parts = torch.stack([estimate_by_distributions(model, x, part) for part in sizes])
+    return (parts * torch.tensor(sizes)[:, None]).sum(0) / num_samples
+
+
 def estimate_one_by_one(model, x, num_samples):
     total = torch.full((len(x),), -math.inf)
     for part in [100] * (num_samples // 100) + [1] * (num_samples % 100):
@@ -335,6 +342,8 @@ WRITTEN = [
     (check_log_likelihood, "same-noise", lambda *a: (torch.manual_seed(7), estimate_by_distributions(*a))[1]),
     (check_log_likelihood, "elbo", lambda model, x, k: model.elbo(x, k, validate=False).elbo.detach()),
     (check_log_likelihood, "num-samples", lambda model, x, k: estimate_by_distributions(model, x, 4000)),
+    (check_log_likelihood, "mean-of-parts", lambda model, x, k: estimate_in_parts(model, x, k, 500)),
+    (check_log_likelihood, "mean-of-parts", lambda model, x, k: estimate_in_parts(model, x, k, 100)),
     (check_log_likelihood, "few-draws", lambda model, x, k: estimate_by_distributions(model, x, 1)),
     (check_log_likelihood, "raises", lambda model, x, k: model.nothing),
     (check_layered_elbo, "detached", lambda model, x, e2, e1: elbo_by_library(model, x.detach(), e2, e1)),

@@ -374,14 +374,15 @@ def check_standard_error(fn: Callable[[Tensor], Tensor]) -> str:
 class Encoder(nn.Module):
     """The posterior's mean and the log of its variances, a little off, so that an importance weight is no constant."""
 
-    def __init__(self, weight: Tensor, scale: float) -> None:
+    def __init__(self, weight: Tensor, scale: float, spread: float = 0.7) -> None:
         super().__init__()
+        self.spread = spread  # of log_var over the posterior's
         self.precision = 1 + (weight**2).sum(0) / scale**2  # of the posterior, whose units are independent
         self.back = weight / (scale**2 * self.precision)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean = x.flatten(1) @ self.back
-        return mean + 0.5 * self.precision.rsqrt(), (0.7 - self.precision.log()).expand_as(mean)
+        return mean + 0.5 * self.precision.rsqrt(), (self.spread - self.precision.log()).expand_as(mean)
 
 
 class Decoder(nn.Module):
@@ -395,7 +396,7 @@ class Decoder(nn.Module):
         return (z @ self.weight.T).view(-1, *self.image_shape)
 
 
-def linear_example(height: int = 2, width: int = 3) -> tuple[VAE, Tensor, Tensor]:
+def linear_example(height: int = 2, width: int = 3, spread: float = 0.7) -> tuple[VAE, Tensor, Tensor]:
     """A linear-Gaussian VAE of three latents, images of it (10, 1, height, width), and their log p(x)."""
     generator, shape, pixels = torch.Generator().manual_seed(0), (1, height, width), height * width
     weight = torch.linalg.qr(torch.randn(pixels, 3, generator=generator))[0] * torch.tensor([1.5, 1.0, 0.7])
@@ -403,7 +404,7 @@ def linear_example(height: int = 2, width: int = 3) -> tuple[VAE, Tensor, Tensor
     x = noise[:, :3] @ weight.T + 0.6 * noise[:, 3:]
     covariance = weight @ weight.T + 0.36 * torch.eye(pixels)
     truth = torch.distributions.MultivariateNormal(torch.zeros(pixels), covariance).log_prob(x)
-    return VAE(Encoder(weight, 0.6), Decoder(weight, shape), Gaussian(0.6), shape, 3), x.view(-1, *shape), truth
+    return VAE(Encoder(weight, 0.6, spread), Decoder(weight, shape), Gaussian(0.6), shape, 3), x.view(-1, *shape), truth
 
 
 def likelihood_recipe(
@@ -488,7 +489,7 @@ def check_log_likelihood(fn: Callable[[VAE, Tensor, int], Tensor]) -> str:
     """Judges log_likelihood(model, x, num_samples): an importance-weighted estimate of log p(x), (N,), nats, by draws of q.
 
     model is a linear-Gaussian `VAE`, whose log p(x) is known, and x (N, 1, 2, 3) holds real numbers: so the estimate is held against
-    the truth. The mistakes are in `LOG_LIKELIHOOD_MISTAKES`, with "few-draws" and "same-noise".
+    the truth. The mistakes are in `LOG_LIKELIHOOD_MISTAKES`, with "few-draws", "same-noise" and "mean-of-parts".
     """
     model, x, truth = linear_example()
     count = 4000
@@ -523,6 +524,15 @@ def check_log_likelihood(fn: Callable[[VAE, Tensor, int], Tensor]) -> str:
         fail_by_name("log_likelihood", LOG_LIKELIHOOD_MISTAKES, ["prior-draws"])
     if few.shape != truth.shape or (low.mean() - truth.mean()).abs() < 0.03:
         fail("log_likelihood: three draws give the same as thousands, on average: num_samples is not what it says", "num-samples")
+    wide, images, evidence = linear_example(spread=4.0)  # some hundred draws are few for its q, and 8000 are enough
+    what = "log_likelihood(model, x (300, 1, 2, 3), 8000)"
+    short = attempt(what, fn, wide, images.repeat(30, 1, 1, 1), 8000, seed=0) - evidence.repeat(30)
+    if short.mean() < -0.06:
+        fail(
+            f"{what}: where q is wide the estimate lies {-short.mean():.2g} nats below log p(x), as that of fewer draws does: is the "
+            "logarithm taken in each part of the draws, and its mean over the parts? Add up the weights of all, and take one logarithm",
+            "mean-of-parts",
+        )
     tall, images, evidence = linear_example(20, 20)
     what = f"log_likelihood(model, x {tuple(images.shape)}, 500)"
     result = tensor_from(what, fn, tall, images, 500).detach()
