@@ -19,6 +19,7 @@ from vaelib import noise
 from vaelib._validation import check_choice, check_image_shape, check_int, check_number, check_seed, describe
 from vaelib.data import ImageSet
 from vaelib.densities import Draw, Posterior, StandardNormal
+from vaelib.graphs import float32_products
 from vaelib.heldout import over_images
 from vaelib.likelihoods import Likelihood, make_likelihood
 from vaelib.networks import activated_convolutions, zero
@@ -553,6 +554,7 @@ def fit_code_prior(
     heads: int = 4,
     batch_size: int = 128,
     learning_rate: float = 1e-3,
+    tf32: bool = False,
     seed: int = 0,
 ) -> list[float]:
     """Give a trained model a `CodePrior`, and train that alone on the codes of the images; the rest of the model stays as it is.
@@ -563,6 +565,7 @@ def fit_code_prior(
         images: the training set.
         epochs: passes over its codes.
         width, layers, heads: of the transformer.
+        tf32: as in `TrainConfig`.
         seed: of its first weights and of the order.
 
     Returns:
@@ -584,17 +587,18 @@ def fit_code_prior(
         optimizer, lambda step: min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
     )
     generator, course = torch.Generator().manual_seed(seed), []
-    for _ in range(epochs):
-        total = tokens.new_zeros((), dtype=torch.float32)
-        for rows in torch.randperm(len(tokens), generator=generator).to(tokens.device).split(batch_size):
-            optimizer.zero_grad()
-            nats = prior.nats(tokens[rows]).sum()
-            (nats / len(rows)).backward()
-            torch.nn.utils.clip_grad_norm_(own, 1.0 * math.prod(prior.places))
-            optimizer.step()
-            schedule.step()
-            total += nats.detach()
-        course.append(total.item() / len(tokens))
+    with float32_products(model.device, tf32):
+        for _ in range(epochs):
+            total = tokens.new_zeros((), dtype=torch.float32)
+            for rows in torch.randperm(len(tokens), generator=generator).to(tokens.device).split(batch_size):
+                optimizer.zero_grad()
+                nats = prior.nats(tokens[rows]).sum()
+                (nats / len(rows)).backward()
+                torch.nn.utils.clip_grad_norm_(own, 1.0 * math.prod(prior.places))
+                optimizer.step()
+                schedule.step()
+                total += nats.detach()
+            course.append(total.item() / len(tokens))
     model.prior = prior.eval()
     if model.config is not None:
         model.config["prior"] = sizes
