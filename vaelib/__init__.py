@@ -1,7 +1,8 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
 The modules follow the book: `data`, `likelihoods`, `objectives`, `densities`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
-`evaluation`, `generation`, `priors`, `retrieval`, `quality`. `book` serves its pages, `checks` its exercises, `cli` the command line.
+`evaluation`, `generation`, `priors`, `diffusion`, `retrieval`, `quality`. `book` serves its pages, `checks` its exercises, `cli` the
+command line.
 """
 
 import importlib
@@ -60,7 +61,7 @@ __all__ = [
     "DiscretizedLogisticMixture", "Draw", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE",
     "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior",
     "StandardNormal", "TrainConfig", "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae",
-    "conv_vae", "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
+    "conv_vae", "diffusion", "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
     "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
     "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_divergence", "kl_per_unit",
     "latent_grid", "load", "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours",
@@ -71,7 +72,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Modules that are imported when they are first used: matplotlib costs half a second."""
-    if name in ("priors", "quality", "checks", "cli"):
+    if name in ("priors", "diffusion", "quality", "checks", "cli"):
         return importlib.import_module(f"vaelib.{name}")
     if name in ("plotting", "tables", "widgets", "oracles", "ledger", "reproduce"):
         return importlib.import_module(f"vaelib.book.{name}")
