@@ -35,7 +35,7 @@ from sample_rows import drawn, thresholded, trained
 ROOT = Path(__file__).resolve().parents[2]
 LEDGER = ROOT / "results" / "gan-rows.json"
 SEEDS = (0, 1, 2)
-CHECKPOINTS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160)  # epochs
+CHECKPOINTS = (1, 2, 4, 8, 16, 24, 32, 48, 64)  # epochs
 BATCH, LATENTS, WIDTH, N = 64, 64, 32, 10000
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STAGES = {
