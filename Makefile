@@ -19,7 +19,7 @@ RENDER = $(BIN)/jupyter-book build book --config _config.yml --path-output . -W 
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows gpu features setup test test-unit test-notebooks test-real test-book book book-sphinx execute equations mutants lint benchmark clean
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows vq-rows gpu features setup test test-unit test-notebooks test-real test-book book book-sphinx execute equations mutants lint benchmark clean diffusion-rows
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -95,6 +95,11 @@ assignment: $(READY) ## write the students' notebooks of the four assignments fr
 
 gan-rows: $(READY) ## the GAN and the second stages of the chapter on generation
 	$(BIN)/python book/_scripts/gan_rows.py
+
+vq-rows: $(READY) ## codes and learned priors of the chapter `modern`, on a GPU where there is one
+	$(BIN)/python book/_scripts/vq_rows.py
+diffusion-rows: $(READY) ## priors by diffusion on the codes of MNIST; with DIFFUSION=--gpu the rows for a GPU
+	$(ONE_THREAD) $(BIN)/python book/_scripts/diffusion_rows.py $(DIFFUSION)
 
 features: $(READY) ## train the small classifier whose features score samples
 	$(BIN)/python book/_scripts/features.py

@@ -107,7 +107,7 @@ ORDER = [
     *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae"),
     *("heldout", "hierarchical", "conditional", "storage", "config", "checkpoints", "distributed"),
     *("graphs", "step", "training", "evaluation"),
-    *("generation", "priors", "retrieval", "quality", "checks", "book", "cli"),
+    *("generation", "quantize", "priors", "diffusion", "retrieval", "quality", "checks", "book", "cli"),
 ]
 
 

@@ -1,7 +1,8 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
 The modules follow the book: `data`, `likelihoods`, `objectives`, `densities`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
-`evaluation`, `generation`, `priors`, `retrieval`, `quality`. `book` serves its pages, `checks` its exercises, `cli` the command line.
+`evaluation`, `generation`, `priors`, `diffusion`, `retrieval`, `quality`. `book` serves its pages, `checks` its exercises, `cli` the
+command line.
 """
 
 import importlib
@@ -48,6 +49,17 @@ from vaelib.objectives import (
     importance_weighted_bound,
     loss,
 )
+from vaelib.quantize import (
+    VQVAE,
+    CodeUsage,
+    code_maps,
+    code_usage,
+    fit_code_prior,
+    gaussian_tokens,
+    kmeans_start,
+    perplexity,
+    vq_vae,
+)
 from vaelib.retrieval import LatentIndex, Neighbours, nearest_neighbours
 from vaelib.storage import load, released, save
 from vaelib.training import History, fit
@@ -56,22 +68,94 @@ from vaelib.vae import VAE, conv_vae, mlp_vae, register_model
 __version__ = "0.1.0"
 
 __all__ = [
-    "VAE", "Bernoulli", "ConditionalVAE", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic",
-    "DiscretizedLogisticMixture", "Draw", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE",
-    "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior",
-    "StandardNormal", "TrainConfig", "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae",
-    "conv_vae", "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
-    "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
-    "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_divergence", "kl_per_unit",
-    "latent_grid", "load", "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours",
-    "plotting", "posterior_means", "priors", "quality", "rate_decomposition", "reconstruct", "register_kl",
-    "register_likelihood", "register_model", "released", "reparameterize", "save", "train_valid_split", "two_layer_vae", "widgets",
+    "VAE",
+    "VQVAE",
+    "Bernoulli",
+    "CodeUsage",
+    "ConditionalVAE",
+    "ConvDecoder",
+    "ConvEncoder",
+    "DataNotFoundError",
+    "DiscretizedLogistic",
+    "DiscretizedLogisticMixture",
+    "Draw",
+    "ElboTerms",
+    "Evaluation",
+    "Gaussian",
+    "GreyBCENotALikelihood",
+    "HierarchicalVAE",
+    "History",
+    "ImageSet",
+    "LatentIndex",
+    "Likelihood",
+    "MLPDecoder",
+    "MLPEncoder",
+    "Neighbours",
+    "Posterior",
+    "StandardNormal",
+    "TrainConfig",
+    "TwoLayerVAE",
+    "active_units",
+    "beta_elbo",
+    "bits_per_dim",
+    "checks",
+    "code_maps",
+    "code_usage",
+    "conditional_vae",
+    "conv_vae",
+    "diffusion",
+    "doubly_reparameterized_bound",
+    "effective_sample_size",
+    "evaluate",
+    "fit",
+    "fit_code_prior",
+    "free_bits_kl",
+    "gaussian_kl",
+    "gaussian_kl_per_unit",
+    "gaussian_log_density",
+    "gaussian_tokens",
+    "generate",
+    "heldout_elbo",
+    "hierarchical_vae",
+    "image_set",
+    "importance_weighted_bound",
+    "importance_weighted_estimate",
+    "interpolate",
+    "kl_divergence",
+    "kl_per_unit",
+    "kmeans_start",
+    "latent_grid",
+    "load",
+    "load_images",
+    "log_likelihood",
+    "loss",
+    "minibatches",
+    "mlp_vae",
+    "nearest_neighbours",
+    "perplexity",
+    "plotting",
+    "posterior_means",
+    "priors",
+    "quality",
+    "quantize",
+    "rate_decomposition",
+    "reconstruct",
+    "register_kl",
+    "register_likelihood",
+    "register_model",
+    "released",
+    "reparameterize",
+    "save",
+    "train_valid_split",
+    "two_layer_vae",
+    "vq_vae",
+    "widgets",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     """Modules that are imported when they are first used: matplotlib costs half a second."""
-    if name in ("priors", "quality", "checks", "cli"):
+    if name in ("priors", "diffusion", "quality", "checks", "cli"):
         return importlib.import_module(f"vaelib.{name}")
     if name in ("plotting", "tables", "widgets", "oracles", "ledger", "reproduce"):
         return importlib.import_module(f"vaelib.book.{name}")

@@ -6,17 +6,21 @@ is the same, up to rounding, whatever the number of samples.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaelib import noise
 from vaelib._validation import check_int, check_seed
 from vaelib.data import ImageSet
+from vaelib.densities import Posterior, reparameterize
+from vaelib.evaluation import posteriors
 from vaelib.heldout import evaluating, latent_noise, over_images
-from vaelib.objectives import loss
+from vaelib.networks import mlp, zero
+from vaelib.objectives import gaussian_log_density, loss
 from vaelib.vae import VAE, mlp_vae
 
 
@@ -154,3 +158,126 @@ def fit_second_stage(
             optimizer.step()
             schedule.step()
     return SecondStagePrior(stage.cpu().eval(), mean, std)
+
+
+class VampPrior(nn.Module):
+    """The even mixture of q(z given u) at M learned pseudo-inputs u: the aggregate posterior of few images, which are chosen to fit.
+
+    Tomczak and Welling 2018. As `model.prior` it is trained with the model; `fit_prior` trains it afterwards.
+
+    Args:
+        model: whose encoder it asks; its posterior must be one diagonal Gaussian for each image.
+        num_components: M.
+        seed: of the first pseudo-inputs, uniform between the likelihood's lowest and highest x.
+    """
+
+    def __init__(self, model: VAE, num_components: int = 500, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(check_seed("seed", seed))
+        unit = torch.rand(check_int("num_components", num_components), *model.image_shape, generator=generator)
+        low, high = model.likelihood.lowest, model.likelihood.highest
+        self.inputs = nn.Parameter((low + (high - low) * unit).to(model.device))
+        self.encode = model.encode  # no part of this module: its weights belong to the model
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log of the mixture's density: (..., L) -> (...), nats."""
+        q = self.encode(self.inputs, validate=False)
+        return torch.logsumexp(q.log_prob(z[..., None, :]), -1) - math.log(len(self.inputs))
+
+    def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
+        """`num` codes (num, L); row i does not depend on `num`."""
+        q = self.encode(self.inputs, validate=False)
+        rows = noise.normal_rows(check_int("num", num), 1 + q.mean.shape[1], generator).to(q.mean)
+        chosen = (torch.special.ndtr(rows[:, 0].double()) * len(q.mean)).long().clamp(max=len(q.mean) - 1)
+        return Posterior(q.mean[chosen], q.log_var[chosen]).sample(rows[:, 1:])
+
+
+class FlowPrior(nn.Module):
+    """N(0, I) pushed through affine couplings: half of z is shifted and scaled by what a network says of the other half, in turn.
+
+    It starts as N(0, I). "RealNVP", Dinh, Sohl-Dickstein and Bengio 2017. As `model.prior` it is trained with the model; `fit_prior`
+    trains it afterwards. eq. flow-prior
+
+    Args:
+        latent_dim: L, at least 2.
+        layers: how many couplings.
+        width: of the two hidden layers of each one's network.
+    """
+
+    def __init__(self, latent_dim: int, layers: int = 6, width: int = 128) -> None:
+        super().__init__()
+        self.latent_dim = check_int("latent_dim", latent_dim, minimum=2)
+        self.moved = latent_dim // 2
+        sizes = (latent_dim - self.moved, check_int("width", width), width)
+        self.networks = nn.ModuleList()
+        for _ in range(check_int("layers", layers)):
+            zero(last := nn.Linear(width, 2 * self.moved))
+            self.networks.append(nn.Sequential(mlp(sizes, "relu"), last))
+
+    def coupling(self, network: nn.Module, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and log-scale, the latter between -2 and 2, of the other half."""
+        shift, log_scale = network(kept).chunk(2, -1)
+        return shift, 2 * torch.tanh(log_scale / 2)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z): (..., L) -> (...), nats: that of the noise it is made of, minus the log-scales. eq. flow-prior"""
+        volume = torch.zeros_like(z[..., 0])
+        for network in reversed(self.networks):
+            z = z.flip(-1)
+            kept, moved = z[..., self.moved :], z[..., : self.moved]
+            shift, log_scale = self.coupling(network, kept)
+            z = torch.cat([(moved - shift) * (-log_scale).exp(), kept], -1)
+            volume = volume - log_scale.sum(-1)
+        return volume + gaussian_log_density(z, torch.zeros_like(z), torch.zeros_like(z))
+
+    def from_noise(self, eps: Tensor) -> Tensor:
+        """z made of standard normal noise: (M, L) -> (M, L)."""
+        for network in self.networks:
+            moved, kept = eps[..., : self.moved], eps[..., self.moved :]
+            shift, log_scale = self.coupling(network, kept)
+            eps = torch.cat([shift + log_scale.exp() * moved, kept], -1).flip(-1)
+        return eps
+
+    def sample(self, num: int, generator: torch.Generator | None = None, temperature: float = 1.0) -> Tensor:
+        """`num` codes (num, L); row i does not depend on `num`. `temperature` is a factor on the noise."""
+        eps = noise.normal_rows(check_int("num", num), self.latent_dim, generator)
+        return self.from_noise(temperature * eps.to(next(self.parameters())))
+
+
+def fit_prior(
+    model: VAE,
+    images: ImageSet | Tensor,
+    prior: nn.Module,
+    epochs: int = 20,
+    batch_size: int = 256,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> list[float]:
+    """Train a prior, and nothing else, to give draws of q(z given x) the largest density: its part of the ELBO, which is minus the rate.
+
+    Each epoch draws anew. Adam, on the model's device, along a cosine to 0; only the prior's own parameters move.
+
+    Returns:
+        The mean of -log p(z) in each epoch while it moved, nats per image.
+    """
+    q, device = posteriors(model, images), model.device
+    mean, log_var = q.mean.to(device), q.log_var.to(device)
+    generator = torch.Generator().manual_seed(check_seed("seed", seed))
+    prior.to(device)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=learning_rate)
+    steps = check_int("epochs", epochs) * -(-len(mean) // check_int("batch_size", batch_size))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    course = []
+    for _ in range(epochs):
+        order = torch.randperm(len(mean), generator=generator).to(device)
+        eps = torch.randn(mean.shape, generator=generator).to(device)
+        total = torch.zeros((), device=device)
+        for rows in order.split(batch_size):
+            optimizer.zero_grad()
+            nats = -prior.log_prob(reparameterize(mean[rows], log_var[rows], eps[rows]))  # type: ignore[operator]
+            nats.mean().backward()
+            optimizer.step()
+            schedule.step()
+            total += nats.detach().sum()
+        course.append(total.item() / len(mean))
+    return course

@@ -43,7 +43,7 @@ class History(list[dict[str, float]]):
     weights moved, nats), ``train_objective`` (the same of what was maximized: minus the loss), ``train_penalty`` (of its further term,
     where there is one), ``valid_elbo``, ``valid_log_likelihood``, ``valid_kl`` (where a validation set was given), ``gradient_norm`` (mean
     over the steps that were taken, before clipping; None where there was none), ``skipped_steps``, ``learning_rate`` and ``beta``
-    (at the epoch's last step), ``seconds``.
+    (at the epoch's last step), ``seconds``; and what the model's own `VAE.report` gives.
 
     Attributes:
         stopped: ``"finished"``, ``"early stop"`` or ``"interrupted"``.
@@ -216,7 +216,7 @@ class Run:
             "learning_rate": self.taker.peaks[0] * self.taker.rate_factor(self.step - 1),
             "beta": self.taker.beta(self.step - 1),
             "seconds": time.perf_counter() - self.started,
-        }
+        } | self.model.report()
         history.append(record)
         self.elapsed = 0.0
         if self.valid is not None and record["valid_elbo"] > self.best_elbo:

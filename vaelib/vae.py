@@ -160,6 +160,10 @@ class VAE(nn.Module):
         """A further term of the loss, (N,) or one number, for a class of your own to define: `fit` adds it, no estimate does."""
         return None
 
+    def report(self) -> dict[str, float]:
+        """Further columns of the history, for a class of your own to define: `fit` asks at the end of each epoch."""
+        return {}
+
     def log_weights(
         self,
         x: Tensor,

@@ -65,7 +65,7 @@ class VQVAE(vaelib.VAE):
         return draw.q.loss
 
 
-@vaelib.register_model("vq")
+@vaelib.register_model("own_vq")
 def vq_vae(
     image_shape,
     num_codes=64,
