@@ -8,6 +8,7 @@ import importlib
 from typing import Any
 
 from vaelib.book.two_layer import TwoLayerVAE, two_layer_vae
+from vaelib.coding import BitsBack, Message, compress, decompress
 from vaelib.conditional import ConditionalVAE, conditional_vae
 from vaelib.config import TrainConfig
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
@@ -56,11 +57,11 @@ from vaelib.vae import VAE, conv_vae, mlp_vae, register_model
 __version__ = "0.1.0"
 
 __all__ = [
-    "VAE", "Bernoulli", "ConditionalVAE", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic",
+    "VAE", "Bernoulli", "BitsBack", "ConditionalVAE", "ConvDecoder", "ConvEncoder", "DataNotFoundError", "DiscretizedLogistic",
     "DiscretizedLogisticMixture", "Draw", "ElboTerms", "Evaluation", "Gaussian", "GreyBCENotALikelihood", "HierarchicalVAE",
-    "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Neighbours", "Posterior",
-    "StandardNormal", "TrainConfig", "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "conditional_vae",
-    "conv_vae", "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
+    "History", "ImageSet", "LatentIndex", "Likelihood", "MLPDecoder", "MLPEncoder", "Message", "Neighbours", "Posterior",
+    "StandardNormal", "TrainConfig", "TwoLayerVAE", "active_units", "beta_elbo", "bits_per_dim", "checks", "compress", "conditional_vae",
+    "conv_vae", "decompress", "doubly_reparameterized_bound", "effective_sample_size", "evaluate", "fit", "free_bits_kl", "gaussian_kl",
     "gaussian_kl_per_unit", "gaussian_log_density", "generate", "heldout_elbo", "hierarchical_vae", "image_set",
     "importance_weighted_bound", "importance_weighted_estimate", "interpolate", "kl_divergence", "kl_per_unit",
     "latent_grid", "load", "load_images", "log_likelihood", "loss", "minibatches", "mlp_vae", "nearest_neighbours",
