@@ -60,6 +60,11 @@ class Distribution(NamedTuple):
         share = np.where(k <= 0, 0, np.where(k >= self.size, FULL, self.below(k, at)))
         return k + (share * ((1 << self.precision) - self.size) >> 30)
 
+    def bits(self, symbols: Ints) -> NDArray[np.float64]:
+        """What symbols (n,) cost: -log2 of their probability, as the integers have it. (n,) eq. code-length"""
+        share: Ints = self.cdf(symbols + 1) - self.cdf(symbols)
+        return self.precision - np.log2(share.astype(np.float64))
+
     def tabled(self) -> Distribution:
         """The same with all its values computed at once, which serves where there are few."""
         table = np.stack([self.below(np.full(self.length, k), slice(None)) for k in range(1, self.size)])  # (size - 1, length)
@@ -105,13 +110,12 @@ class Message:
     def push(self, symbols: Ints, distribution: Distribution) -> None:
         """Put symbols (n,) onto the stack; the message grows by -log2 of their probability."""
         symbols = np.asarray(symbols, dtype=np.int64).reshape(-1)
-        starts = distribution.cdf(symbols)
-        frequencies = distribution.cdf(symbols + 1) - starts
         if len(symbols) != distribution.length or symbols.min() < 0 or symbols.max() >= distribution.size:
             expected = f"{distribution.length} integers from 0 to {distribution.size - 1}"
             raise ValueError(f"symbols: got {len(symbols)} from {symbols.min()} to {symbols.max()}, expected {expected}")
+        starts = distribution.cdf(symbols)
+        start, frequency = starts.astype(np.uint64), (distribution.cdf(symbols + 1) - starts).astype(np.uint64)
         shift = np.uint64(distribution.precision)
-        start, frequency = starts.astype(np.uint64), frequencies.astype(np.uint64)
         for first in range(0, len(symbols), self.lanes):
             s, f = start[first : first + self.lanes], frequency[first : first + self.lanes]
             heads = self.heads[: len(s)]
@@ -176,7 +180,9 @@ class Bins:
         if check_int("bins", count, 2, 2**16) & (count - 1):
             raise ValueError(f"bins: got {count}, expected a power of 2 from 2 to 65536")
         self.count, steps = count, np.arange(2 * count + 1, dtype=np.int64)
-        halves = curve("normal").inverse(steps * (FULL // (2 * count))) if spread == "mass" else (steps * 2**24 // (2 * count)) - 2**23
+        halves = (
+            curve("normal").inverse(steps * (FULL // (2 * count))) if spread == "mass" else (steps * 2**24 // (2 * count)) - 2**23
+        )
         self.edges, self.centres = halves[::2], (halves[1::2] + 128) >> 8
 
     def prior(self, length: int) -> Distribution:
@@ -245,7 +251,8 @@ class Mixture:
         of, total = self.component(c, earlier), weights.sum(1)
 
         def below(k: Ints, at: Any) -> Ints:
-            return (weights[at] * of(k[:, None], at)).sum(1) // total[at]
+            share: Ints = (weights[at] * of(k[:, None], at)).sum(1) // total[at]
+            return share
 
         return Distribution(below, 256, len(weights))
 
@@ -308,10 +315,12 @@ class BitsBack:
         check_can_code(model)
         self.model = exact_model(model) if exact else model.eval()
         self.exact, self.swap = exact, swap
-        self.infer, self.generate, self.dims = [self.model.encoder], [self.model.decoder], [model.latent_dim]
-        if isinstance(model.encoder, nn.ModuleList):  # a chain of layers, the decoder's parts from the top down
-            self.infer, self.generate = list(self.model.encoder), list(self.model.decoder)[::-1]  # type: ignore[arg-type]
-            self.dims = [part.head.out_features // 2 for part in model.encoder]  # type: ignore[union-attr, operator]
+        self.infer: list[Any] = [self.model.encoder]
+        self.generate: list[Any] = [self.model.decoder]
+        self.dims: list[int] = [model.latent_dim]
+        if isinstance(self.model.encoder, nn.ModuleList) and isinstance(self.model.decoder, nn.ModuleList):  # a chain of layers
+            self.infer, self.generate = list(self.model.encoder), list(self.model.decoder)[::-1]
+            self.dims = [len(part.head.bias) // 2 for part in self.infer]
         self.layers = range(len(self.dims))
         self.bins = [Bins(bins, "mass" if layer == self.layers[-1] else "width") for layer in self.layers]
 
@@ -422,10 +431,14 @@ def check_can_code(model: Any) -> None:
         expected = "a distribution of discrete pixels: Bernoulli, or a discretized logistic, mixture or Gaussian"
         raise ValueError(f"model: got the likelihood {likelihood.config['name']!r}, expected {expected}")
     if not isinstance(model.prior, StandardNormal) and not isinstance(model.encoder, nn.ModuleList):
-        raise ValueError(f"model: got the prior {type(model.prior).__name__}, expected N(0, I), or a chain of layers above each other")
+        raise ValueError(
+            f"model: got the prior {type(model.prior).__name__}, expected N(0, I), or a chain of layers above each other"
+        )
 
 
-HEADER = struct.Struct("<8s16sI3HHHBBII")  # magic, fingerprint, images, C, H, W, batch, lanes, log2 bins, swap, initial words, CRC of pixels
+HEADER = struct.Struct(
+    "<8s16sI3HHHBBII"
+)  # magic, fingerprint, images, C, H, W, batch, lanes, log2 bins, swap, initial words, CRC of pixels
 MAGIC = b"vaelib\x00\x01"  # the last byte is the version of the format
 
 
@@ -518,7 +531,7 @@ def decompress(path: str | Path, model: VAE) -> Tensor:
     body, (checksum,) = content[:-4], struct.unpack("<I", content[-4:])
     if zlib.crc32(body) != checksum:
         raise ValueError(f"path: {path} is cut off or damaged: its checksum is not that of its content")
-    _, written_by, count, *shape, batch, lanes, log_bins, swap, initial, pixel_checksum = HEADER.unpack_from(body)
+    _, written_by, count, *_shape, batch, lanes, log_bins, swap, initial, pixel_checksum = HEADER.unpack_from(body)
     if (mine := fingerprint(model)) != written_by:
         raise ValueError(
             f"model: got one with the fingerprint {mine.hex()}, but {path} was written with {written_by.hex()}, expected that model"

@@ -42,13 +42,15 @@ class Curve(NamedTuple):
         """The values at arguments t, in units of 2**-16: (...) -> (...)."""
         t = np.clip(t - (self.low << 16), 0, ((len(self.values) - 1) << 10) - 1)
         at, rest = t >> 10, t & 1023
-        return self.values[at] + ((self.values[at + 1] - self.values[at]) * rest >> 10)
+        found: Ints = self.values[at] + ((self.values[at + 1] - self.values[at]) * rest >> 10)
+        return found
 
     def inverse(self, value: Ints) -> Ints:
         """The arguments at which the curve has these values, in units of 2**-20."""
         at = np.clip(np.searchsorted(self.values, value, side="right") - 1, 0, len(self.values) - 2)
         step = np.maximum(self.values[at + 1] - self.values[at], 1)
-        return (self.low << 20) + (at << 14) + np.clip(value - self.values[at], 0, step) * 2**14 // step
+        found: Ints = (self.low << 20) + (at << 14) + np.clip(value - self.values[at], 0, step) * 2**14 // step
+        return found
 
 
 def tabled(function: Any, low: int, high: int, unit: int) -> Curve:
@@ -99,9 +101,12 @@ class ExactSum(nn.Module):
         ValueError: If weights are so large that a sum might need more than 53 bits, or the layer is of a kind that is not known here.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d | nn.ConvTranspose2d) -> None:
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.kind: Any = layer
+        self.kind: tuple[Any] = (layer,)  # in a tuple, so that its weights are not this module's
         plain = isinstance(layer, nn.Linear) or (layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros")
         weight = (layer.weight.detach().double() * WEIGHT_GRID).round() / WEIGHT_GRID
         if isinstance(layer, nn.ConvTranspose2d):
@@ -113,7 +118,8 @@ class ExactSum(nn.Module):
             raise ValueError(f"model: got {layer} with weights or options beyond exact sums, expected smaller weights")
 
     def forward(self, x: Tensor) -> Tensor:
-        x, layer, weight = to_grid(x), self.kind, self.weight
+        layer: Any = self.kind[0]
+        x, weight = to_grid(x), self.weight
         if isinstance(layer, nn.Linear):
             return to_grid(x @ weight.T + self.bias)
         height, width = x.shape[2:]
@@ -121,9 +127,9 @@ class ExactSum(nn.Module):
         if isinstance(layer, nn.ConvTranspose2d):
             o, o2 = layer.output_padding
             size = (height - 1) * s - 2 * p + k + o, (width - 1) * s2 - 2 * p2 + k2 + o2
-            y = F.fold(weight @ x.flatten(2), size, layer.kernel_size, padding=layer.padding, stride=layer.stride)
+            y = F.fold(weight @ x.flatten(2), size, (k, k2), padding=(p, p2), stride=(s, s2))
         else:
-            columns = F.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride)  # (N, in * k * k, places)
+            columns = F.unfold(x, (k, k2), padding=(p, p2), stride=(s, s2))  # (N, in * k * k, places)
             y = (weight @ columns).unflatten(2, ((height + 2 * p - k) // s + 1, (width + 2 * p2 - k2) // s2 + 1))
         return to_grid(y + self.bias[:, None, None])
 
