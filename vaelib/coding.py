@@ -344,14 +344,14 @@ class BitsBack:
                 message.push(states[-2], self.posterior(layer, states[-1]))
         for layer in () if self.swap else reversed(self.layers):
             message.push(states[-2 - layer], self.posterior(layer, states[-1 - layer]))
-        return pixels_of(self.model, states[-1])
+        return pixels_from(self.model, states[-1])
 
     def input(self, layer: int, symbols: Ints) -> Tensor:
         """What a network is given of a layer: the images where it is 0, else the bins' centres, (N, L)."""
         if layer:
             values = self.bins[layer - 1].values(symbols, self.dims[layer - 1])
             return values if self.exact else values.to(self.model.device, torch.float32)
-        pixels = pixels_of(self.model, symbols)
+        pixels = pixels_from(self.model, symbols)
         x = self.model.likelihood.observe(pixels, uniform=torch.full(pixels.shape, 0.5))
         return x.double() if self.exact else x.to(self.model.device)
 
@@ -415,7 +415,7 @@ def symbols_of(model: VAE, pixels: Tensor) -> Ints:
     return (pixels == 255).flatten().long().numpy()
 
 
-def pixels_of(model: VAE, symbols: Ints) -> Tensor:
+def pixels_from(model: VAE, symbols: Ints) -> Tensor:
     """The opposite of `symbols_of`."""
     scale = 255 if isinstance(model.likelihood, Bernoulli) else 1
     return torch.from_numpy(symbols * scale).to(torch.uint8).view(-1, *model.image_shape)
@@ -460,7 +460,7 @@ class Compressed(NamedTuple):
     initial_bits: int
 
 
-def fingerprint(model: VAE) -> bytes:
+def model_hash(model: VAE) -> bytes:
     """16 bytes that name the model: a hash of its config and weights."""
     digest = hashlib.sha256(json.dumps(model.config, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
@@ -503,7 +503,7 @@ def compress(model: VAE, images: ImageSet | Tensor, path: str | Path, bins: int 
     for part in pixels.split(batch):
         codec.push(message, part)
     sizes = len(pixels), *model.image_shape, batch, lanes, bins.bit_length() - 1, codec.swap
-    header = HEADER.pack(MAGIC, fingerprint(model), *sizes, message.initial, zlib.crc32(pixels.numpy().tobytes()))
+    header = HEADER.pack(MAGIC, model_hash(model), *sizes, message.initial, zlib.crc32(pixels.numpy().tobytes()))
     body = header + message.heads.astype("<u8").tobytes() + message.tail.astype("<u4").tobytes()
     content = body + struct.pack("<I", zlib.crc32(body))
     with atomic(path) as partial:
@@ -532,7 +532,7 @@ def decompress(path: str | Path, model: VAE) -> Tensor:
     if zlib.crc32(body) != checksum:
         raise ValueError(f"path: {path} is cut off or damaged: its checksum is not that of its content")
     _, written_by, count, *_shape, batch, lanes, log_bins, swap, initial, pixel_checksum = HEADER.unpack_from(body)
-    if (mine := fingerprint(model)) != written_by:
+    if (mine := model_hash(model)) != written_by:
         raise ValueError(
             f"model: got one with the fingerprint {mine.hex()}, but {path} was written with {written_by.hex()}, expected that model"
         )

@@ -155,7 +155,7 @@ class ExactActivation(nn.Module):
 
 
 SUMS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.SiLU)
+PLAIN_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.GELU, nn.SiLU)
 HOLDERS = (MLPEncoder, MLPDecoder, ConvEncoder, ConvDecoder, ResidualBlock, nn.Sequential, nn.ModuleList, nn.Flatten, nn.Unflatten)
 
 
@@ -167,7 +167,7 @@ def exact_network(network: nn.Module) -> nn.Module:
     """
     if isinstance(network, SUMS):
         return ExactSum(network)
-    if isinstance(network, ACTIVATIONS):
+    if isinstance(network, PLAIN_ACTIVATIONS):
         if isinstance(network, nn.LeakyReLU) and network.negative_slope != 0.01:
             raise ValueError(f"model: got {network}, expected the slope 0.01")
         return ExactActivation(network)
