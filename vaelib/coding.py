@@ -167,7 +167,7 @@ class Message:
 
 
 class Bins:
-    """A line of real numbers cut into bins, so that a latent is an integer: its bin.
+    """A line of real numbers cut into bins, so that a latent is an integer: its bin. eq. equal-mass-bins
 
     Attributes:
         count: how many, a power of 2.
@@ -352,7 +352,7 @@ class BitsBack:
             values = self.bins[layer - 1].values(symbols, self.dims[layer - 1])
             return values if self.exact else values.to(self.model.device, torch.float32)
         pixels = pixels_from(self.model, symbols)
-        x = self.model.likelihood.observe(pixels, uniform=torch.full(pixels.shape, 0.5))
+        x = self.model.likelihood.observe(pixels, uniform=torch.full(pixels.shape, 0.5, device="cpu"))
         return x.double() if self.exact else x.to(self.model.device)
 
     @torch.no_grad()
@@ -472,8 +472,9 @@ def model_hash(model: VAE) -> bytes:
 def compress(model: VAE, images: ImageSet | Tensor, path: str | Path, bins: int = 2**12) -> Compressed:
     """Write images to a file of about their negative ELBO in bits, from which `decompress` gets them back without a wrong pixel.
 
-    Of images that are unlike those the model was trained on the file is longer. The file does not hold the model: whoever opens it
-    needs the same weights. Its networks compute in exact arithmetic, on the CPU, so that any machine gives the same bits.
+    Of images that are unlike those the model was trained on the file is longer, by the divergence in the mean, eq. code-excess, and
+    never wrong. The file does not hold the model: whoever opens it needs the same weights. Its networks compute in exact arithmetic, on
+    the CPU, so that any machine gives the same bits.
 
     Args:
         model: see `BitsBack`.

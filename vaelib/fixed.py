@@ -112,7 +112,7 @@ class ExactSum(nn.Module):
         if isinstance(layer, nn.ConvTranspose2d):
             weight = weight.flatten(1).T  # (out * k * k, in)
         self.register_buffer("weight", weight.flatten(1).cpu())
-        bias = torch.zeros(1) if layer.bias is None else layer.bias.detach()
+        bias = torch.zeros(1, device="cpu") if layer.bias is None else layer.bias.detach()
         self.register_buffer("bias", to_grid(bias).cpu())
         if not plain or not weight.flatten(1).abs().sum(1).max() < 2**53 / (GRID * WEIGHT_GRID * LARGEST) / 32:
             raise ValueError(f"model: got {layer} with weights or options beyond exact sums, expected smaller weights")
