@@ -468,3 +468,59 @@ def test_a_row_whose_training_was_interrupted_is_not_entered(here, tmp_path, mon
     assert here("reproduce", "iwae", "--data", "digits", "--ledger", "rows.json")[::2] == (130, "vaelib: interrupted\n")
     assert not (tmp_path / "rows.json").exists()
     assert not list(tmp_path.rglob("run.json"))
+
+
+def test_digits_are_compressed_and_come_back_in_another_process(vaelib_command, tmp_path):
+    options = ("--hidden", "32", "--latent-dim", "4", "--epochs", "2", "--device", "cpu", "--likelihood", "discretized_logistic")
+    assert vaelib_command("train", "--data", "digits", *options, "--out", tmp_path / "run", "--json").returncode == 0
+    pixels = vaelib.load_images("digits", "test").pixels[:30]
+    (tmp_path / "in").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "in" / f"{number:05}.png")
+    file, model = tmp_path / "digits.vae", ("--model", tmp_path / "run")
+    done = vaelib_command("compress", tmp_path / "in", *model, "--out", file, "--json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads(done.stdout)
+    assert written["images"] == 30
+    assert written["bytes"] == file.stat().st_size < sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
+    done = vaelib_command("decompress", file, *model, "--out", tmp_path / "again", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == 30
+    for number, image in enumerate(pixels):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "again" / f"{number:05}.png")), image[0].numpy())
+
+
+def test_what_compress_and_decompress_refuse_is_said_in_one_line(vaelib_here, tmp_path):
+    Image.new("L", (28, 28), 255).save(tmp_path / "white.png")
+    Image.new("L", (30, 28)).save(tmp_path / "wide.png")
+    Image.new("RGB", (28, 28)).save(tmp_path / "colour.png")
+    Image.new("L", (28, 28), 100).save(tmp_path / "grey.png")
+    (tmp_path / "empty").mkdir()
+    model, out = ("--model", "mnist-mlp"), ("--out", tmp_path / "out.vae")
+    for arguments, reason in (
+        ((*model, *out), "images: got none"),
+        ((tmp_path / "white.png", "--data", "digits", *model, *out), "images: got files beside --data"),
+        ((tmp_path / "white.png", "--split", "test", *model, *out), "split: got 'test' without --data"),
+        ((tmp_path / "wide.png", *model, *out), "is a L image of 30x28 pixels, expected L and 28x28"),
+        ((tmp_path / "colour.png", *model, *out), "is a RGB image of 28x28 pixels, expected L and 28x28"),
+        ((tmp_path / "grey.png", *model, *out), "grey pixels, expected only 0 and 255"),
+        ((tmp_path / "empty", *model, *out), "expected one with image files"),
+        ((tmp_path / "white.png", *model, "--out", tmp_path / "white.png"), "already exists"),
+        ((tmp_path / "white.png", *model, "--out", tmp_path / "white.png", "--overwrite"), "which is an input"),
+        ((tmp_path / "white.png", *model, *out, "--bins", "100"), "bins: got 100"),
+    ):
+        done = vaelib_here("compress", *arguments)
+        assert done.returncode == 2
+        assert reason in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert vaelib_here("compress", tmp_path / "white.png", *model, *out).returncode == 0
+    for arguments, reason in (
+        ((tmp_path / "white.png", *model, "--out", tmp_path / "pngs"), "does not begin as one"),
+        ((tmp_path / "out.vae", "--model", "mnist-plane", "--out", tmp_path / "pngs"), "model: got one with the fingerprint"),
+        ((tmp_path / "out.vae", *model, "--out", tmp_path), "holds files"),
+        ((tmp_path / "out.vae", *model, "--out", tmp_path / "white.png"), "which is a file"),
+    ):
+        done = vaelib_here("decompress", *arguments)
+        assert done.returncode == 2
+        assert reason in done.stderr
+    assert not (tmp_path / "pngs").exists()

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import inspect
 import json
+import tempfile
 
 import pytest
 import torch
@@ -189,8 +190,15 @@ FUNCTIONS = {  # of the modules below: what is called with (model, images)
     "live_traversal": lambda m, x: widgets.live_traversal(m, x.pixels[0], [1]).children[0].value,
     "heldout_elbo": lambda m, x: vaelib.heldout_elbo(m, x, 2),
     "fingerprint": lambda m, x: retrieval.fingerprint(m),
+    "compress": lambda m, x: through_a_file(m, (x.pixels[:3] >= 128).to(torch.uint8) * 255),
 }
 MODULES = (evaluation, generation, priors, widgets)
+
+
+def through_a_file(model, pixels):
+    with tempfile.TemporaryDirectory() as folder:
+        vaelib.compress(model, pixels, f"{folder}/images.vae")
+        return vaelib.decompress(f"{folder}/images.vae", model)
 
 
 def test_the_table_has_every_function_of_a_model():

@@ -104,8 +104,8 @@ def imports_of(module):
 
 
 ORDER = [
-    *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae"),
-    *("heldout", "hierarchical", "conditional", "storage", "config", "checkpoints", "distributed"),
+    *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "fixed"),
+    *("heldout", "hierarchical", "conditional", "storage", "coding", "config", "checkpoints", "distributed"),
     *("graphs", "step", "training", "evaluation"),
     *("generation", "quantize", "priors", "diffusion", "retrieval", "quality", "checks", "book", "cli"),
 ]

@@ -9,6 +9,7 @@ import importlib
 from typing import Any
 
 from vaelib.book.two_layer import TwoLayerVAE, two_layer_vae
+from vaelib.coding import BitsBack, Message, compress, decompress
 from vaelib.conditional import ConditionalVAE, conditional_vae
 from vaelib.config import TrainConfig
 from vaelib.data import DataNotFoundError, ImageSet, image_set, load_images, minibatches, train_valid_split
@@ -71,6 +72,7 @@ __all__ = [
     "VAE",
     "VQVAE",
     "Bernoulli",
+    "BitsBack",
     "CodeUsage",
     "ConditionalVAE",
     "ConvDecoder",
@@ -90,6 +92,7 @@ __all__ = [
     "Likelihood",
     "MLPDecoder",
     "MLPEncoder",
+    "Message",
     "Neighbours",
     "Posterior",
     "StandardNormal",
@@ -101,8 +104,10 @@ __all__ = [
     "checks",
     "code_maps",
     "code_usage",
+    "compress",
     "conditional_vae",
     "conv_vae",
+    "decompress",
     "diffusion",
     "doubly_reparameterized_bound",
     "effective_sample_size",

@@ -1,4 +1,4 @@
-"""The command line: `vaelib train`, `evaluate`, `sample`, `index`, `search` and `reproduce`, over the same functions that the book uses."""
+"""The command line: `vaelib train`, `evaluate`, `sample`, `index`, `search`, `compress`, `reproduce`, over the functions of the book."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from vaelib._validation import as_path, check_choice, check_int, check_number, c
 from vaelib.book.ledger import entry
 from vaelib.book.reproduce import BUDGETS, OBJECTIVES, iwae_row
 from vaelib.checkpoints import load_checkpoint, read_checkpoint
+from vaelib.coding import compress, decompress
 from vaelib.conditional import ConditionalVAE
 from vaelib.config import TrainConfig
 from vaelib.data import NAMES, ImageSet, load_folder, load_images, read_image, train_valid_split
 from vaelib.distributed import choose_device, join, leave
 from vaelib.evaluation import evaluate as evaluate_model
+from vaelib.files import files_below
 from vaelib.generation import generate, interpolate
 from vaelib.likelihoods import LIKELIHOODS
 from vaelib.priors import fit_mixture, fit_second_stage
@@ -43,7 +45,7 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Variational autoencoders: train, evaluate, sample, index, search, reproduce.",
+    help="Variational autoencoders: train, evaluate, sample, index, search, compress, reproduce.",
 )
 RUN = "run.json"
 FILES = (CHECKPOINT, CONFIG, WEIGHTS, HISTORY, RUN)  # what a run leaves in its folder
@@ -563,6 +565,93 @@ def search(
         print(f"{row['query']:32} {row['rank']:4} {row['distance']:10.4f}  {row['label'] or '-':12} {image}")
     if images is not None:
         print(f"picture: {out}")
+
+
+Model = Annotated[
+    Path, typer.Option("--model", help="Folder of a trained model, or the name of a released one.", callback=expanded)
+]
+
+
+@app.command("compress")
+def compress_images(
+    model: Model,
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files, or folders of them.", callback=expanded)] = None,
+    data: Annotated[str, typer.Option(help="Image set, instead of files.")] = "",
+    split: Annotated[str, typer.Option(help="test or train; of binarized-mnist also valid; default: test.")] = "",
+    out: Annotated[Path, typer.Option(help="File to write.", callback=expanded)] = Path("images.vae"),
+    bins: Annotated[int, typer.Option(help="Values of each latent, a power of 2.")] = 2**12,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write images to one file of about their negative ELBO in bits, without loss; whoever opens it needs the same model."""
+    import torch
+
+    if bool(images) == bool(data):
+        raise ValueError(f"images: got {'files beside --data' if data else 'none'}, expected image files or folders, or --data")
+    if split and not data:
+        raise ValueError(f"split: got {split!r} without --data, expected it beside --data only")
+    if out.exists() and not overwrite:
+        raise ValueError(f"out: {out} already exists, expected a new file; --overwrite replaces it")
+    vae = load_run(model)
+    if data:
+        pixels = images_named(data, split or "test").pixels
+    else:
+        names = [name for path in images or [] for name in (pictures_in(path) if path.is_dir() else [path])]
+        check_not_input(out, *names)
+        pixels = torch.stack([read_image_as_is(name, vae.image_shape) for name in names])
+    start = time.perf_counter()
+    written = compress(vae, pixels, out, bins)
+    show({"out": str(out), **written._asdict(), "seconds": time.perf_counter() - start}, as_json)
+
+
+@app.command("decompress")
+def decompress_images(
+    file: Annotated[Path, typer.Argument(help="File written by vaelib compress.", callback=expanded)],
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the images, as 00000.png and so on.", callback=expanded)] = Path("images"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the images of a file of vaelib compress as PNG files, in their order; their names are not kept."""
+    from PIL import Image
+
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: got {out}, which is a file, expected a folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise ValueError(f"out: {out} holds files, expected a new folder; --overwrite writes into it")
+    start = time.perf_counter()
+    pixels = decompress(file, load_run(model))
+    writable_folder("out", out)
+    digits = max(len(str(len(pixels) - 1)), 5)
+    for number, image in enumerate(pixels):
+        with atomic(out / f"{number:0{digits}}.png") as partial:
+            Image.fromarray(image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()).save(partial, "PNG")
+    show({"out": str(out), "images": len(pixels), "seconds": time.perf_counter() - start}, as_json)
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files below a folder that are not hidden, sorted by name."""
+    found = [path for path, problem in sorted(files_below(folder)) if not problem]
+    if not found:
+        raise ValueError(f"images: got the folder {folder}, expected one with image files")
+    return found
+
+
+def read_image_as_is(path: Path, shape: tuple[int, int, int]) -> Any:
+    """An image file as ``uint8`` (C, H, W), with no pixel changed.
+
+    Raises:
+        ValueError: If it has another size or mode than the model's images: `read_image` would fit it, and so lose what was there.
+    """
+    from PIL import Image
+
+    pixels = read_image(path, shape)
+    with Image.open(path) as image:
+        modes = ("1", "L") if shape[0] == 1 else ("RGB",)
+        if image.size != (shape[2], shape[1]) or image.mode not in modes or image.getexif().get(0x112, 1) != 1:
+            got = f"a {image.mode} image of {image.width}x{image.height} pixels"
+            raise ValueError(f"images: {path} is {got}, expected {modes[-1]} and {shape[2]}x{shape[1]}: to fit it would be a loss")
+    return pixels
 
 
 @app.command()

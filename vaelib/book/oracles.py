@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vaelib._validation import check_int, check_number, check_pixels, check_same_shape, check_seed, describe
 from vaelib.objectives import ElboTerms, gaussian_kl
+from vaelib.vae import VAE, mlp_vae
 
 
 class FullGaussian(NamedTuple):
@@ -79,6 +81,31 @@ class LinearGaussian:
         log_likelihood = -0.5 * error / self.scale**2 - 0.5 * self.num_dims * math.log(2 * math.pi * self.scale**2)
         kl = 0.5 * ((mean**2).sum(1) + covariance.trace() - self.latent_dim - covariance.logdet())
         return ElboTerms(log_likelihood, kl)
+
+
+def exact_vae(oracle: LinearGaussian, image_shape: Sequence[int]) -> VAE:
+    """The linear VAE of this model over the 256 levels, whose encoder is the exact posterior: its ELBO is log P(x). eq. linear-code
+
+    Level k owns 2/255 of the line; where `scale` is some of these steps, P(x) is p(x) times (2/255)^D.
+
+    Args:
+        oracle: of x on the scale [-1, 1], with orthogonal columns of the weight: then the posterior's covariance is diagonal.
+        image_shape: (C, H, W), of as many values as x has dimensions.
+    """
+    with torch.random.fork_rng(devices=[]):  # the weights that are drawn here are not kept
+        model = mlp_vae(image_shape, (), oracle.latent_dim, {"name": "gaussian", "scale": oracle.scale, "discretized": True})
+    mean, covariance = oracle.posterior(torch.zeros(1, oracle.num_dims, dtype=oracle.weight.dtype))
+    if not torch.allclose(covariance, torch.diag(covariance.diagonal()), atol=1e-5):
+        raise ValueError("oracle: got a weight whose columns are not orthogonal, expected a posterior of independent latents")
+    rows = covariance @ oracle.weight.T / oracle.scale**2  # (L, D)
+    variances = covariance.diagonal().log()
+    encoder, decoder = model.encoder.head, model.decoder.head  # linear layers, there are no others
+    with torch.no_grad():
+        encoder.weight.copy_(torch.cat([rows, torch.zeros_like(rows)]))  # type: ignore[operator, union-attr]
+        encoder.bias.copy_(torch.cat([mean[0], variances]))  # type: ignore[operator, union-attr]
+        decoder.weight.copy_(oracle.weight)  # type: ignore[operator, union-attr]
+        decoder.bias.copy_(oracle.bias)  # type: ignore[operator, union-attr]
+    return model.eval()
 
 
 class PrincipalComponents(NamedTuple):

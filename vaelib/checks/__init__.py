@@ -5,6 +5,7 @@ of the mistake on every input, and the inputs are such that no two mistakes look
 the verdict; a check itself raises nothing but for wrong arguments of its own.
 """
 
+from vaelib.checks.coders import POP_MISTAKES, PUSH_MISTAKES, check_coder
 from vaelib.checks.densities import check_posterior, check_prior
 from vaelib.checks.density import BERNOULLI_MISTAKES, LOGISTIC_MISTAKES, check_likelihood
 from vaelib.checks.estimates import (
@@ -71,6 +72,8 @@ __all__ = [
     "LOG_LIKELIHOOD_MISTAKES",
     "LOG_WEIGHTS_MISTAKES",
     "POOLED_MISTAKES",
+    "POP_MISTAKES",
+    "PUSH_MISTAKES",
     "REPARAMETERIZE_MISTAKES",
     "RETRIEVAL_MISTAKES",
     "SCALE_MISTAKES",
@@ -79,6 +82,7 @@ __all__ = [
     "Verdict",
     "check_ancestral",
     "check_bits_per_dim",
+    "check_coder",
     "check_effective_sample_size",
     "check_elbo",
     "check_encoder_decoder",
