@@ -5,6 +5,7 @@ of the mistake on every input, and the inputs are such that no two mistakes look
 the verdict; a check itself raises nothing but for wrong arguments of its own.
 """
 
+from vaelib.checks.codes import VQ_MISTAKES, check_vq
 from vaelib.checks.densities import check_posterior, check_prior
 from vaelib.checks.density import BERNOULLI_MISTAKES, LOGISTIC_MISTAKES, check_likelihood
 from vaelib.checks.estimates import (
@@ -76,6 +77,7 @@ __all__ = [
     "SCALE_MISTAKES",
     "STANDARD_ERROR_MISTAKES",
     "TRAINING_MISTAKES",
+    "VQ_MISTAKES",
     "Verdict",
     "check_ancestral",
     "check_bits_per_dim",
@@ -100,4 +102,5 @@ __all__ = [
     "check_retrieval",
     "check_standard_error",
     "check_training_step",
+    "check_vq",
 ]  # fmt: skip
