@@ -427,7 +427,7 @@ def test_what_a_prior_gains_is_the_fall_of_the_aggregate_posterior_s_kl():
         return (q.log_prob(z) - prior.log_prob(z)).mean().item()
 
     normal = vaelib.StandardNormal(2)
-    vamp, flow = VampPrior(model, 20), FlowPrior(2, layers=4, width=32)
+    vamp, flow = VampPrior(model, images, 20), FlowPrior(2, layers=4, width=32)
     for prior in (vamp, flow):
         course = fit_prior(model, images, prior, epochs=150, batch_size=100, learning_rate=1e-2)
         assert course[-1] < course[0]
@@ -439,8 +439,8 @@ def test_what_a_prior_gains_is_the_fall_of_the_aggregate_posterior_s_kl():
 
 
 def test_a_vamp_prior_is_the_even_mixture_at_its_inputs():
-    model, _ = plane_model()
-    prior = VampPrior(model, 5)
+    model, images = plane_model()
+    prior = VampPrior(model, images, 5)
     q = model.encode(prior.inputs, validate=False)
     z = torch.randn(3, 4, 2)
     parts = torch.distributions.Normal(q.mean, (0.5 * q.log_var).exp()).log_prob(z[..., None, :]).sum(-1)
@@ -508,6 +508,7 @@ def test_two_mistakes_get_both_names_and_other_trouble_its_own():
         (lambda: kmeans_start(vq_vae((1, 28, 28), 512, 4, **SMALL), vaelib.load_images("digits")[:5]), "images"),
         (lambda: gaussian_tokens(vaelib.Posterior(torch.zeros(2, 3), torch.zeros(2, 3)), 8, group=2), "group"),
         (lambda: FlowPrior(1), "latent_dim"),
+        (lambda: VampPrior(vaelib.mlp_vae(), vaelib.load_images("digits")[:5], 6), "images"),
     ],
 )
 def test_a_bad_argument_is_named(call, name):

@@ -249,7 +249,7 @@ def learned(budget, seed):
 
     priors = {
         "normal": lambda model: model.prior,
-        "vamp": lambda model: VampPrior(model, budget(500, 20), seed=seed),
+        "vamp": lambda model: VampPrior(model, train, budget(500, 20), seed),
         "flow": lambda model: flow(),
     }
     config = budget.config(epochs=budget(20, 2), batch_size=128, learning_rate=5e-3, seed=seed)
