@@ -305,6 +305,18 @@ def test_a_step_reads_nothing_back_from_the_device(changes):
         assert watch.found == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("changes", [{}, {"learn": "gradient"}, {"levels": (4, 4)}, {"prior": PRIOR}])
+def test_the_steps_on_a_gpu_are_replayed_from_a_graph(changes):
+    torch.manual_seed(0)
+    model = vq_vae((1, 28, 28), 16, 4, **SMALL, **changes)
+    config = TrainConfig(epochs=3, batch_size=32, progress=False, device="cuda")
+    history = fit(model, vaelib.load_images("digits")[:320], None, config)
+    assert history.not_replayed is None
+    assert history[-1]["train_elbo"] > history[0]["train_elbo"]
+
+
 def test_the_history_tells_perplexity_and_use_and_evaluation_moves_no_code():
     torch.manual_seed(0)
     images = vaelib.load_images("digits")[:128]

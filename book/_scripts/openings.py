@@ -3,7 +3,8 @@
 The pictures go to book/_static/open-<chapter>.png, the numbers in them to results/openings.json. They are made of the real data in
 $VAELIB_DATA, with the seed 0. Models are kept under runs/ and trained where they are not there: the VAEs of digits and of photographs
 that `retrieval_rows.py` has (on two cores the second takes minutes), and the three models of the chapter mistakes, by the loop that
-stands there, and the VQ-VAE of modern. Those of cifar-conv take longer still: `python book/_scripts/rows.py --again vector-mixture spatial-mixture` makes them.
+stands there, and the VQ-VAE of modern. Those of cifar-conv take longer still, and
+`python book/_scripts/rows.py --again vector-mixture spatial-mixture` makes them.
 """
 
 import argparse
