@@ -43,6 +43,24 @@ def perplexity(counts: Tensor) -> Tensor:
     return entropy.exp()
 
 
+def grouped() -> bool:
+    """Whether several processes share each batch."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def over_processes(sums: Tensor) -> Tensor:
+    """The sums of all of them, in place."""
+    if grouped():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+def choices(tokens: Tensor, num_codes: int) -> Tensor:
+    """How often each code was chosen: (M,) -> (K,) float32, over all processes."""
+    ones = torch.ones(len(tokens), device=tokens.device)
+    return over_processes(torch.zeros(num_codes, device=tokens.device).index_add_(0, tokens, ones))
+
+
 class OneHot(NamedTuple):
     """q(z given x) of a VQ-VAE: these codes, for sure.
 
@@ -152,13 +170,13 @@ class Codebook(nn.Module):
             eps: standard normal noise, with at least as many numbers as there are places.
         """
         vectors, chosen = output.flatten(0, -2), tokens.flatten()  # (M, D), (M,)
-        share = self.num_codes / len(chosen)
-        counts = torch.zeros_like(self.counts).index_add_(0, chosen, torch.full_like(vectors[:, 0], share))
-        sums = torch.zeros_like(self.sums).index_add_(0, chosen, share * vectors)
+        counts = choices(chosen, self.num_codes)
+        sums = over_processes(torch.zeros_like(self.sums).index_add_(0, chosen, vectors))
+        share = self.num_codes / counts.sum()
         self.batch_perplexity.lerp_(perplexity(counts), 1 - self.decay)
         self.steps += 1
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        self.counts.lerp_(share * counts, 1 - self.decay)
+        self.sums.lerp_(share * sums, 1 - self.decay)
         if self.learn == "ema":
             total = self.counts.sum()
             smoothed = (self.counts + EPSILON) / (total + self.num_codes * EPSILON) * total
@@ -166,6 +184,8 @@ class Codebook(nn.Module):
         if self.restart:
             order = eps.flatten()[: len(chosen)].argsort()  # a random order of the batch's outputs
             onto = vectors[order[torch.arange(self.num_codes, device=order.device) % len(order)]]  # (K, D)
+            if grouped():
+                torch.distributed.broadcast(onto, 0)
             dead = self.counts < self.restart
             self.codes.copy_(torch.where(dead[:, None], onto, self.codes))
             self.sums.copy_(torch.where(dead[:, None], onto, self.sums))
@@ -221,11 +241,10 @@ class FiniteScalars(nn.Module):
     @torch.no_grad()
     def follow(self, output: Tensor, tokens: Tensor, eps: Tensor) -> None:
         """The running counts; there is nothing else to follow."""
-        share = torch.full_like(output[..., 0].flatten(), self.num_codes / tokens.numel())
-        counts = torch.zeros_like(self.counts).index_add_(0, tokens.flatten(), share)
+        counts = choices(tokens.flatten(), self.num_codes)
         self.batch_perplexity.lerp_(perplexity(counts), 1 - self.decay)
         self.steps += 1
-        self.counts.lerp_(counts, 1 - self.decay)
+        self.counts.lerp_(self.num_codes / counts.sum() * counts, 1 - self.decay)
 
 
 def flat_map(vectors: Tensor) -> Tensor:
