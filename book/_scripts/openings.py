@@ -3,7 +3,7 @@
 The pictures go to book/_static/open-<chapter>.png, the numbers in them to results/openings.json. They are made of the real data in
 $VAELIB_DATA, with the seed 0. Models are kept under runs/ and trained where they are not there: the VAEs of digits and of photographs
 that `retrieval_rows.py` has (on two cores the second takes minutes), and the three models of the chapter mistakes, by the loop that
-stands there, and the VQ-VAE of modern. Those of cifar-conv take longer still, and
+stands there, and the VQ-VAE of codes. Those of cifar-conv take longer still, and
 `python book/_scripts/rows.py --again vector-mixture spatial-mixture` makes them.
 """
 
@@ -250,7 +250,7 @@ def on_a_gpu():
 
 def quantized(images):
     """A VQ-VAE of digits with 7 x 7 of 64 codes, and a prior over its codes, after five epochs each."""
-    folder = RUNS / "openings" / "modern"
+    folder = RUNS / "openings" / "codes"
     if not (folder / "model.safetensors").exists():
         torch.manual_seed(0)
         model = vaelib.vq_vae((1, 28, 28), 64, 16, likelihood="bernoulli", width=32, narrow=16)
@@ -261,7 +261,7 @@ def quantized(images):
     return vaelib.load(folder)
 
 
-def modern():
+def from_a_list():
     """Two test digits, their maps of codes and what comes of them; maps that a transformer wrote, and what comes of those."""
     images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
     model, chosen = quantized(images), [0, 4]
@@ -294,7 +294,7 @@ def modern():
 CHAPTERS = {
     "elbo": elbo, "mnist-mlp": mnist_mlp, "cifar-conv": cifar_conv, "generation": generation,
     "retrieval": retrieval, "evaluation": evaluation, "mistakes": mistakes, "on-a-gpu": on_a_gpu,
-    "modern": modern,
+    "codes": from_a_list,
 }  # fmt: skip
 
 

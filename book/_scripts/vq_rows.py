@@ -1,4 +1,4 @@
-"""Train the models of the chapter `modern` with codes and learned priors: `python book/_scripts/vq_rows.py [row ...] [--minutes 10]`.
+"""Train the models of the chapter `codes` with codes and learned priors: `python book/_scripts/vq_rows.py [row ...] [--minutes 10]`.
 
 Without names it makes all rows that results/vq-rows.json lacks, in the order of their worth, on the GPU where there is one; a row is
 written as soon as it is made, so that the next call goes on after the last one. The rows:
