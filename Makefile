@@ -96,7 +96,7 @@ assignment: $(READY) ## write the students' notebooks of the four assignments fr
 gan-rows: $(READY) ## the GAN and the second stages of the chapter on generation
 	$(BIN)/python book/_scripts/gan_rows.py
 
-vq-rows: $(READY) ## codes and learned priors of the chapter `modern`, on a GPU where there is one
+vq-rows: $(READY) ## codes and learned priors of the chapter `codes`, on a GPU where there is one
 	$(BIN)/python book/_scripts/vq_rows.py
 diffusion-rows: $(READY) ## priors by diffusion on the codes of MNIST; with DIFFUSION=--gpu the rows for a GPU
 	$(ONE_THREAD) $(BIN)/python book/_scripts/diffusion_rows.py $(DIFFUSION)

@@ -242,6 +242,25 @@ def test_a_hierarchical_model_is_trained_with_the_arguments_of_its_function(vael
     assert json.loads(json.dumps(model.config)).items() >= options.items()
 
 
+def test_a_vq_vae_gets_a_prior_over_its_codes_and_is_sampled_from_it(vaelib_here, tmp_path):
+    sizes = '{"num_codes": 8, "code_dim": 2, "width": 8, "narrow": 4, "blocks": 1}'
+    arguments = ("train", "--data", "digits", "--likelihood", "bernoulli", "--epochs", 2, "--device", "cpu")
+    arguments += ("--model", "vq", "--model-options", sizes, "--code-prior-epochs", 1)
+    done = vaelib_here(*arguments, "--out", tmp_path / "vq", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert 0 < summary["code_prior_rate"] < summary["train_kl"]
+    assert summary["codes_used"] <= 8
+    result = json.loads(vaelib_here("evaluate", tmp_path / "vq", "--json").stdout)
+    assert result["kl"] < summary["train_kl"]
+    sheet = tmp_path / "vq.png"
+    assert vaelib_here("sample", tmp_path / "vq", "--out", sheet).returncode == 0
+    assert Image.open(sheet).size[0] > 28
+    refused = vaelib_here("train", *QUICK, "--code-prior-epochs", 1, "--out", tmp_path / "no")
+    assert refused.returncode == 2
+    assert "code-prior-epochs: got 1, but the model 'mlp' has no codes, expected vq" in refused.stderr
+
+
 def test_overwrite_leaves_nothing_of_the_old_run_even_when_the_new_one_fails(vaelib_here, tmp_path):
     assert vaelib_here("train", *QUICK, "--out", tmp_path).returncode == 0
     (tmp_path / "checkpoint.pt").unlink()

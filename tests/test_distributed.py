@@ -51,6 +51,21 @@ def test_two_processes_follow_the_trajectory_of_one_at_the_same_global_batch(run
         assert second[key] == pytest.approx(first[key], rel=1e-5), key
 
 
+def test_two_processes_share_the_running_means_of_a_codebook(tmp_path):
+    sizes = '{"num_codes": 4, "code_dim": 2, "width": 8, "narrow": 4, "blocks": 1, "restart": 0.0, "scale": 1.0}'
+    options = ("--epochs", "1", "--batch-size", "8", "--valid-size", "1420", "--optimizer", "SGD", "--learning-rate", "1e-5")
+    models = []
+    for processes in (1, 2):
+        arguments = ("train", "--data", "digits", "--model", "vq", "--likelihood", "bernoulli", "--model-options", sizes)
+        done = launch(processes, *arguments, *options, "--device", "cpu", "--out", tmp_path / str(processes), "--json")
+        assert done.returncode == 0, done.stderr
+        models.append(load_file(tmp_path / str(processes) / "model.safetensors"))
+    one, two = models
+    assert (one["prior.codebook.counts"] - 1).abs().max() > 0.01
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_the_first_process_alone_writes(runs):
     names = ["checkpoint.pt", "config.json", "history.jsonl", "model.safetensors", "run.json"]
     for folder in runs.values():

@@ -35,6 +35,7 @@ from vaelib.files import files_below
 from vaelib.generation import generate, interpolate
 from vaelib.likelihoods import LIKELIHOODS
 from vaelib.priors import fit_mixture, fit_second_stage
+from vaelib.quantize import VQVAE, fit_code_prior
 from vaelib.retrieval import DISTANCES, METHODS, LatentIndex, is_index
 from vaelib.storage import CHECKPOINT, CONFIG, WEIGHTS, atomic, load, only_writer, read_object, save, writable_folder, write_text
 from vaelib.training import HISTORY, fit
@@ -186,6 +187,9 @@ def train(
     model_options: Annotated[
         str, typer.Option(help='JSON object with further arguments of the model\'s function, as in the reference: {"width": 64}.')
     ] = "",
+    code_prior_epochs: Annotated[
+        int, typer.Option(help="vq: epochs of a prior over its codes, trained after the model; 0 leaves the uniform one.")
+    ] = 0,
     compile_mode: Annotated[str, typer.Option(help="torch.compile in this mode, such as reduce-overhead (CUDA graphs).")] = "",
     valid_size: Annotated[int, typer.Option(help="Training images held out for the curve; 0 takes a twelfth.")] = 0,
     resume: Annotated[
@@ -228,6 +232,8 @@ def train(
     if "num_classes" in inspect.signature(MODELS[model]).parameters:
         arguments["num_classes"] = len(images.classes)
     vae = MODELS[model](image_shape=images.image_shape, **arguments)
+    if check_int("code_prior_epochs", code_prior_epochs, minimum=0) and not isinstance(vae, VQVAE):
+        raise ValueError(f"code-prior-epochs: got {code_prior_epochs}, but the model {model!r} has no codes, expected vq")
     with only_writer("out", out) if group.leads else nullcontext():
         if group.leads:
             check_unused(out, resume, overwrite)  # again: another process may have been there meanwhile
@@ -246,6 +252,9 @@ def train(
         if before is not None and before.get("stopped") != "interrupted":  # the run was finished before: its record stands
             show(before, as_json)
             return
+        course = []
+        if code_prior_epochs and history.stopped != "interrupted":
+            course = fit_code_prior(vae, train_images, code_prior_epochs, seed=config.seed)
         save(vae, out)
         # the epoch whose weights are saved: the best one where an early stop put it back; none where Ctrl-C came amid one
         saved_epoch = dict(history[history.best_epoch - 1 if config.patience and history.best_epoch else -1]) if history else {}
@@ -264,6 +273,7 @@ def train(
             "seconds": round(seconds, 1),
             "seconds_of_all_epochs": round(sum(history["seconds"]), 1),
             **saved_epoch,
+            **({"code_prior_rate": course[-1]} if course else {}),  # nats per image, while it was trained
         }
         record = entry(shlex.join(["vaelib", *sys.argv[1:]]), config.seed, seconds, summary)
         record |= {"data": data} if data else {"folder": summary["folder"]}

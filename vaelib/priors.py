@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vaelib import noise
-from vaelib._validation import check_int, check_seed
+from vaelib._validation import check_int, check_pixels, check_seed
 from vaelib.data import ImageSet
 from vaelib.densities import Posterior, reparameterize
 from vaelib.evaluation import posteriors
@@ -167,16 +167,21 @@ class VampPrior(nn.Module):
 
     Args:
         model: whose encoder it asks; its posterior must be one diagonal Gaussian for each image.
+        images: M of them, chosen at random, are the first pseudo-inputs: from noise, whose codes lie far apart, they come slowly.
         num_components: M.
-        seed: of the first pseudo-inputs, uniform between the likelihood's lowest and highest x.
+        seed: of the choice.
     """
 
-    def __init__(self, model: VAE, num_components: int = 500, seed: int = 0) -> None:
+    def __init__(self, model: VAE, images: ImageSet | Tensor, num_components: int = 500, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(check_seed("seed", seed))
-        unit = torch.rand(check_int("num_components", num_components), *model.image_shape, generator=generator)
-        low, high = model.likelihood.lowest, model.likelihood.highest
-        self.inputs = nn.Parameter((low + (high - low) * unit).to(model.device))
+        pixels = check_pixels("images", images.pixels if isinstance(images, ImageSet) else images, model.image_shape)
+        if len(pixels) < check_int("num_components", num_components):
+            raise ValueError(f"images: got {len(pixels)}, expected at least one for each of the {num_components} pseudo-inputs")
+        chosen = torch.randperm(len(pixels), generator=generator)[:num_components]
+        likelihood = model.likelihood
+        unit = pixels[chosen.to(pixels.device)].to(model.device) / 255
+        self.inputs = nn.Parameter(likelihood.lowest + (likelihood.highest - likelihood.lowest) * unit)
         self.encode = model.encode  # no part of this module: its weights belong to the model
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -254,6 +259,8 @@ def fit_prior(
     seed: int = 0,
 ) -> list[float]:
     """Train a prior, and nothing else, to give draws of q(z given x) the largest density: its part of the ELBO, which is minus the rate.
+
+    What the rate falls by is what the aggregate posterior's KL falls by. eq. learned-prior-gain
 
     Each epoch draws anew. Adam, on the model's device, along a cosine to 0; only the prior's own parameters move.
 

@@ -43,6 +43,24 @@ def perplexity(counts: Tensor) -> Tensor:
     return entropy.exp()
 
 
+def grouped() -> bool:
+    """Whether several processes share each batch."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def over_processes(sums: Tensor) -> Tensor:
+    """The sums of all of them, in place."""
+    if grouped():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+def choices(tokens: Tensor, num_codes: int) -> Tensor:
+    """How often each code was chosen: (M,) -> (K,) float32, over all processes."""
+    ones = torch.ones(len(tokens), device=tokens.device)
+    return over_processes(torch.zeros(num_codes, device=tokens.device).index_add_(0, tokens, ones))
+
+
 class OneHot(NamedTuple):
     """q(z given x) of a VQ-VAE: these codes, for sure.
 
@@ -89,7 +107,8 @@ class Codebook(nn.Module):
         codes: (K, D), a parameter where it is learned by gradient, else a buffer.
         counts: (K,), running mean of how many outputs of a batch chose each code, in units of an even share, outputs / K.
         sums: (K, D), running mean of their sums, in the same units.
-        batch_perplexity: running mean of the batches' perplexities.
+        batch_perplexity: running mean of the batches' perplexities, which starts at 0.
+        steps: how many there were.
     """
 
     def __init__(
@@ -118,9 +137,11 @@ class Codebook(nn.Module):
         self.register_buffer("counts", torch.full((num_codes,), known))
         self.register_buffer("sums", known * codes.detach())
         self.register_buffer("batch_perplexity", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros(()))
         self.counts: Tensor
         self.sums: Tensor
         self.batch_perplexity: Tensor
+        self.steps: Tensor
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
@@ -149,12 +170,13 @@ class Codebook(nn.Module):
             eps: standard normal noise, with at least as many numbers as there are places.
         """
         vectors, chosen = output.flatten(0, -2), tokens.flatten()  # (M, D), (M,)
-        share = self.num_codes / len(chosen)
-        counts = torch.zeros_like(self.counts).index_add_(0, chosen, torch.full_like(vectors[:, 0], share))
-        sums = torch.zeros_like(self.sums).index_add_(0, chosen, share * vectors)
+        counts = choices(chosen, self.num_codes)
+        sums = over_processes(torch.zeros_like(self.sums).index_add_(0, chosen, vectors))
+        share = self.num_codes / counts.sum()
         self.batch_perplexity.lerp_(perplexity(counts), 1 - self.decay)
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
+        self.steps += 1
+        self.counts.lerp_(share * counts, 1 - self.decay)
+        self.sums.lerp_(share * sums, 1 - self.decay)
         if self.learn == "ema":
             total = self.counts.sum()
             smoothed = (self.counts + EPSILON) / (total + self.num_codes * EPSILON) * total
@@ -162,6 +184,8 @@ class Codebook(nn.Module):
         if self.restart:
             order = eps.flatten()[: len(chosen)].argsort()  # a random order of the batch's outputs
             onto = vectors[order[torch.arange(self.num_codes, device=order.device) % len(order)]]  # (K, D)
+            if grouped():
+                torch.distributed.broadcast(onto, 0)
             dead = self.counts < self.restart
             self.codes.copy_(torch.where(dead[:, None], onto, self.codes))
             self.sums.copy_(torch.where(dead[:, None], onto, self.sums))
@@ -178,7 +202,7 @@ class FiniteScalars(nn.Module):
 
     Attributes:
         codes: (K, D), all the maps of levels.
-        counts, batch_perplexity: as in `Codebook`.
+        counts, batch_perplexity, steps: as in `Codebook`.
     """
 
     def __init__(self, levels: Sequence[int], decay: float = 0.99) -> None:
@@ -194,11 +218,13 @@ class FiniteScalars(nn.Module):
         self.register_buffer("step", torch.tensor(steps))  # (D,), what a level of each number adds to the index
         self.register_buffer("counts", torch.ones(self.num_codes))
         self.register_buffer("batch_perplexity", torch.zeros(()))
+        self.register_buffer("steps", torch.zeros(()))
         self.codes: Tensor
         self.top: Tensor
         self.step: Tensor
         self.counts: Tensor
         self.batch_perplexity: Tensor
+        self.steps: Tensor
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """The code nearest to each vector of [-1, 1]: (..., D) -> (...) int64."""
@@ -215,10 +241,10 @@ class FiniteScalars(nn.Module):
     @torch.no_grad()
     def follow(self, output: Tensor, tokens: Tensor, eps: Tensor) -> None:
         """The running counts; there is nothing else to follow."""
-        share = torch.full_like(output[..., 0].flatten(), self.num_codes / tokens.numel())
-        counts = torch.zeros_like(self.counts).index_add_(0, tokens.flatten(), share)
+        counts = choices(tokens.flatten(), self.num_codes)
         self.batch_perplexity.lerp_(perplexity(counts), 1 - self.decay)
-        self.counts.lerp_(counts, 1 - self.decay)
+        self.steps += 1
+        self.counts.lerp_(self.num_codes / counts.sum() * counts, 1 - self.decay)
 
 
 def flat_map(vectors: Tensor) -> Tensor:
@@ -366,10 +392,11 @@ class VQVAE(VAE):
     def report(self) -> dict[str, float]:
         """Of the running counts, some hundred batches long: their perplexity, and how many codes have a count above a hundredth of an
         even one; and the mean perplexity of a batch."""
-        counts = self.codebook.counts
+        book = self.codebook
+        counts, begun = book.counts, 1 - book.decay ** book.steps.item()  # the share of the running mean that is no start value
         return {
             "perplexity": perplexity(counts).item(),
-            "batch_perplexity": self.codebook.batch_perplexity.item(),
+            "batch_perplexity": book.batch_perplexity.item() / begun,
             "codes_used": int((counts > 0.01).sum()),
         }
 
@@ -470,7 +497,7 @@ def with_codes(model: Any) -> VQVAE:
     return model
 
 
-def encoded(model: VAE, x: Tensor) -> OneHot:
+def codes_of(model: VAE, x: Tensor) -> OneHot:
     """q(z given x) of a model with codes."""
     posterior: Any = model.encode(x, validate=False)
     return posterior  # type: ignore[no-any-return]
@@ -479,7 +506,7 @@ def encoded(model: VAE, x: Tensor) -> OneHot:
 def code_maps(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
     """The codes of every image: (N, h, w) int64, on the CPU."""
     with_codes(model)
-    return over_images(model, images, batch_size, seed, lambda model, x, keys: (encoded(model, x).tokens,))[0]
+    return over_images(model, images, batch_size, seed, lambda model, x, keys: (codes_of(model, x).tokens,))[0]
 
 
 class CodeUsage(NamedTuple):
@@ -526,7 +553,7 @@ def kmeans_start(model: VAE, images: ImageSet | Tensor, rounds: int = 10, num_ve
     book, generator = with_codes(model).codebook, torch.Generator().manual_seed(check_seed("seed", seed))
     if not isinstance(book, Codebook):
         raise ValueError(f"model: got {type(book).__name__}, whose codes are fixed, expected a Codebook")
-    (output,) = over_images(model, images, 1000, seed, lambda model, x, keys: (encoded(model, x).output,))
+    (output,) = over_images(model, images, 1000, seed, lambda model, x, keys: (codes_of(model, x).output,))
     vectors = output.flatten(0, -2)
     if len(vectors) < book.num_codes:
         raise ValueError(

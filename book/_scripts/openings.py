@@ -3,7 +3,8 @@
 The pictures go to book/_static/open-<chapter>.png, the numbers in them to results/openings.json. They are made of the real data in
 $VAELIB_DATA, with the seed 0. Models are kept under runs/ and trained where they are not there: the VAEs of digits and of photographs
 that `retrieval_rows.py` has (on two cores the second takes minutes), and the three models of the chapter mistakes, by the loop that
-stands there. Those of cifar-conv take longer still: `python book/_scripts/rows.py --again vector-mixture spatial-mixture` makes them.
+stands there, and the VQ-VAE of codes. Those of cifar-conv take longer still, and
+`python book/_scripts/rows.py --again vector-mixture spatial-mixture` makes them.
 """
 
 import argparse
@@ -267,10 +268,54 @@ def compression():
     return {"bytes": sizes}
 
 
+def quantized(images):
+    """A VQ-VAE of digits with 7 x 7 of 64 codes, and a prior over its codes, after five epochs each."""
+    folder = RUNS / "openings" / "codes"
+    if not (folder / "model.safetensors").exists():
+        torch.manual_seed(0)
+        model = vaelib.vq_vae((1, 28, 28), 64, 16, likelihood="bernoulli", width=32, narrow=16)
+        config = vaelib.TrainConfig(epochs=5, batch_size=128, learning_rate=2e-3, progress=False)
+        vaelib.fit(model, images, None, config)
+        vaelib.fit_code_prior(model, images, epochs=5, width=64, layers=3)
+        vaelib.save(model, folder)
+    return vaelib.load(folder)
+
+
+def from_a_list():
+    """Two test digits, their maps of codes and what comes of them; maps that a transformer wrote, and what comes of those."""
+    images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
+    model, chosen = quantized(images), [0, 4]
+    shown = test.pixels[torch.tensor(chosen)]
+    use = vaelib.code_usage(model, test).counts.argsort(descending=True).argsort()  # the commonest code has the first colour
+    with torch.no_grad():
+        written = model.prior.tokens_of(model.prior.sample(3, torch.Generator().manual_seed(0))).view(3, 7, 7)
+    own, rebuilt = vaelib.code_maps(model, shown), vaelib.reconstruct(model, shown)
+    painted = vaelib.generate(model, 3, seed=0)
+
+    def coloured(maps):
+        colours = torch.from_numpy(plt.get_cmap("turbo")(use[maps].numpy() / 63.0)[..., :3])
+        return (255 * colours).round().to(torch.uint8).permute(0, 3, 1, 2)
+
+    side, step, ax = 1.12, 1.22, canvas(3.5)
+    rows = [
+        [part[i : i + 1] for i in range(2) for part in (shown, coloured(own), rebuilt)],
+        [part[i : i + 1] for i in range(3) for part in (coloured(written), painted)],
+    ]
+    for row, (parts, text) in enumerate(
+        zip(rows, ("digit, its map, painted from it", "map written, painted from it"), strict=True)
+    ):
+        bottom = (1 - row) * 1.75 + 0.08
+        ax.text(0.2, bottom + side + 0.22, text, va="center", color=(BLUE, RED)[row])
+        for place, part in enumerate(parts):
+            put(ax, part, 0.18 + place * step, bottom, side)
+    return {"test_images": chosen, "num_codes": 64, "rate": vaelib.evaluate(model, test, elbo_samples=1).kl}
+
+
 CHAPTERS = {
     "elbo": elbo, "mnist-mlp": mnist_mlp, "cifar-conv": cifar_conv, "generation": generation,
     "retrieval": retrieval, "evaluation": evaluation, "mistakes": mistakes, "on-a-gpu": on_a_gpu,
     "compression": compression,
+    "codes": from_a_list,
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Train the models of the chapter `modern` with codes and learned priors: `python book/_scripts/vq_rows.py [row ...] [--minutes 10]`.
+"""Train the models of the chapter `codes` with codes and learned priors: `python book/_scripts/vq_rows.py [row ...] [--minutes 10]`.
 
 Without names it makes all rows that results/vq-rows.json lacks, in the order of their worth, on the GPU where there is one; a row is
 written as soon as it is made, so that the next call goes on after the last one. The rows:
@@ -125,8 +125,8 @@ def example(budget, seed, variance, **changes):
     return model.to(budget.device), kmeans
 
 
-def fitted_example(budget, seed, epochs, **changes):
-    """The example after so many epochs of 1250 steps: the model, its images, and the scores that the example prints."""
+def fitted_example(budget, seed, epochs, count=TRAIN, **changes):
+    """The example after so many epochs over its first `count` images: the model, these, and the scores that the example prints."""
     images = budget.images("cifar10")
     train, valid = (images[:TRAIN], images[TRAIN:]) if not budget.rehearse else (images[:192], images[192:])
     variance = (train.pixels.double() / 255).var(correction=0).item()
@@ -136,7 +136,7 @@ def fitted_example(budget, seed, epochs, **changes):
     config = budget.config(
         epochs=epochs, batch_size=32, learning_rate=3e-4, schedule="constant", warmup=0.0, clip_norm=None, seed=seed
     )
-    history, seconds = seconds_of(lambda: vaelib.fit(model, train, None, config))
+    history, seconds = seconds_of(lambda: vaelib.fit(model, train[:count], None, config))
     pixels, scale = 3 * 32 * 32, model.likelihood.log_scale.exp().item()
     constant = pixels * (math.log(scale) + 0.5 * math.log(2 * math.pi))
     usage = quantize.code_usage(model, valid, 32)
@@ -145,6 +145,7 @@ def fitted_example(budget, seed, epochs, **changes):
             (-value - constant) * 2 / pixels for value in history["train_log_likelihood"]
         ],  # over the variance, by epoch
         "train_perplexity": history["batch_perplexity"],  # of a batch, running mean over some hundred steps
+        "running_perplexity": history["perplexity"],  # of some hundred batches together
         "codes_used": history["codes_used"],
         "error": squared_error(model, valid) / variance,
         "perplexity": usage.perplexity,
@@ -197,8 +198,8 @@ def two_cores(budget, seed):
 
 
 def cure(budget, name, seed):
-    """A quarter of its steps, with the codebook started badly and one cure."""
-    return fitted_example(budget, seed, budget(2, 1), **CURES[name])[2]
+    """A quarter of its steps, with the codebook started badly and one cure; short epochs, so that the curves have points."""
+    return fitted_example(budget, seed, budget(8, 2), 10000, **CURES[name])[2]
 
 
 def mnist(budget, seed):
@@ -236,7 +237,7 @@ def learned(budget, seed):
     """N(0, I), a VampPrior and a flow: with the model, and after it. The gain is what the rate falls by at the same encoder."""
     images, test = budget.images("mnist"), budget.images("mnist", "test")
     train, _ = vaelib.train_valid_split(images, len(images) // 12, seed=0)
-    row, draws = {}, budget(100, 5)
+    row = {}
 
     def network():
         torch.manual_seed(seed)
@@ -248,14 +249,14 @@ def learned(budget, seed):
 
     priors = {
         "normal": lambda model: model.prior,
-        "vamp": lambda model: VampPrior(model, budget(500, 20), seed=seed),
+        "vamp": lambda model: VampPrior(model, train, budget(100, 20), seed),
         "flow": lambda model: flow(),
     }
-    config = budget.config(epochs=budget(20, 2), batch_size=128, learning_rate=5e-3, seed=seed)
+    config = budget.config(epochs=budget(10, 2), batch_size=128, learning_rate=5e-3, seed=seed)
 
     def judge(model):
-        scores = vaelib.evaluate(model, test, draws, batch_size=200)
-        split = rate_decomposition(model, test, budget(10000, 100))
+        scores = vaelib.evaluate(model, test, batch_size=200)
+        split = rate_decomposition(model, test, budget(2000, 100))
         return scores.as_dict() | {"information": split.mutual_information, "marginal_kl": split.marginal_kl}
 
     for name, prior in priors.items():
@@ -267,7 +268,7 @@ def learned(budget, seed):
             plain = model
     for name in ("vamp", "flow"):
         prior = priors[name](plain)
-        _, seconds = seconds_of(lambda prior=prior: fit_prior(plain, train, prior, epochs=budget(20, 2), seed=seed))
+        _, seconds = seconds_of(lambda prior=prior: fit_prior(plain, train, prior, epochs=budget(10, 2), seed=seed))
         plain.prior = prior
         row[f"{name} afterwards"] = judge(plain) | {"seconds": seconds}
         row[f"{name} afterwards"]["gain"] = row["normal"]["kl"] - row[f"{name} afterwards"]["kl"]

@@ -6,6 +6,7 @@ the verdict; a check itself raises nothing but for wrong arguments of its own.
 """
 
 from vaelib.checks.coders import POP_MISTAKES, PUSH_MISTAKES, check_coder
+from vaelib.checks.codes import VQ_MISTAKES, check_vq
 from vaelib.checks.densities import check_posterior, check_prior
 from vaelib.checks.density import BERNOULLI_MISTAKES, LOGISTIC_MISTAKES, check_likelihood
 from vaelib.checks.estimates import (
@@ -79,6 +80,7 @@ __all__ = [
     "SCALE_MISTAKES",
     "STANDARD_ERROR_MISTAKES",
     "TRAINING_MISTAKES",
+    "VQ_MISTAKES",
     "Verdict",
     "check_ancestral",
     "check_bits_per_dim",
@@ -104,4 +106,5 @@ __all__ = [
     "check_retrieval",
     "check_standard_error",
     "check_training_step",
+    "check_vq",
 ]  # fmt: skip
