@@ -5,6 +5,7 @@ of the mistake on every input, and the inputs are such that no two mistakes look
 the verdict; a check itself raises nothing but for wrong arguments of its own.
 """
 
+from vaelib.checks.denoising import DIFFUSION_MISTAKES, check_diffusion_loss
 from vaelib.checks.densities import check_posterior, check_prior
 from vaelib.checks.density import BERNOULLI_MISTAKES, LOGISTIC_MISTAKES, check_likelihood
 from vaelib.checks.estimates import (
@@ -58,6 +59,7 @@ __all__ = [
     "ANCESTRAL_MISTAKES",
     "BERNOULLI_MISTAKES",
     "BITS_MISTAKES",
+    "DIFFUSION_MISTAKES",
     "ELBO_MISTAKES",
     "ESS_MISTAKES",
     "IWAE_MISTAKES",
@@ -79,6 +81,7 @@ __all__ = [
     "Verdict",
     "check_ancestral",
     "check_bits_per_dim",
+    "check_diffusion_loss",
     "check_effective_sample_size",
     "check_elbo",
     "check_encoder_decoder",
