@@ -1,9 +1,12 @@
 """Diffusion held to exact answers: densities whose score is known at every noise level, and Gaussians' own KL."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import vaelib
@@ -413,3 +416,27 @@ def test_the_checker_s_loss_has_the_mean_that_the_library_s_sum_over_levels_has(
     one = students_loss(denoiser, log_snr, x, i, torch.randn(draws, 2, generator=generator).double())
     by_library = diffusion_elbo(denoiser, curve, x[:2000], levels, 60, seeded(1)).levels
     assert (one.mean() - by_library.mean()).abs() < 4 * (one.var() / draws + by_library.var() / 2000).sqrt()
+
+
+def test_the_command_line_fits_a_prior_after_training_and_draws_from_it_by_label(vaelib_here, tmp_path):
+    run, quick = tmp_path / "run", ("--data", "digits", "--hidden", "16", "--latent-dim", "3", "--epochs", "1", "--device", "cpu")
+    done = vaelib_here("train", *quick, "--out", run, "--prior", "diffusion", "--prior-steps", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prior"] == "diffusion"
+    options = ("--prior", "diffusion", "--label", 3, "--guidance", 1.5, "--num-images", 4, "--device", "cpu", "--json")
+    done = vaelib_here("sample", run, "--out", tmp_path / "a.png", *options)
+    assert done.returncode == 0, done.stderr
+    drawn = json.loads(done.stdout)
+    assert (drawn["prior"], drawn["guidance"]) == ("diffusion", 1.5)
+    prior = diffusion.load_prior(run / "prior.safetensors")
+    from vaelib.book.plotting import tile
+
+    pixels = vaelib.generate(vaelib.load(run), 4, seed=0, prior=prior.given(3, 1.5))
+    with Image.open(tmp_path / "a.png") as sheet:
+        expected = tile(pixels.repeat_interleave(3, 2).repeat_interleave(3, 3), 2).astype(int)
+        assert abs(np.asarray(sheet).astype(int) - expected).max() <= 1
+    again = vaelib_here("sample", run, "--out", tmp_path / "b.png", *options, "--prior-steps", 2)  # fitted anew
+    assert again.returncode == 0, again.stderr
+    refused = vaelib_here("train", *quick, "--out", run)
+    assert refused.returncode == 2
+    assert vaelib_here("sample", run, "--out", tmp_path / "c.png", *options[:2], "--label", 10).returncode == 2
