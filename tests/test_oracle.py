@@ -10,6 +10,7 @@ from torch import nn
 
 import vaelib
 from vaelib import VAE, ElboTerms, Gaussian, TrainConfig, fit, heldout_elbo, image_set, mlp_vae
+from vaelib.book import oracles
 from vaelib.book.oracles import LinearGaussian, linear_rate, principal_components, probabilistic_pca
 
 DIMS, LATENT, SCALE, COUNT = 6, 2, 0.5, 5
