@@ -189,6 +189,9 @@ def train(
         str, typer.Option(help="diffusion: fit a diffusion model to the codes afterwards, for vaelib sample --prior diffusion.")
     ] = "standard",
     prior_steps: Annotated[int, typer.Option(help="Steps of that fit; 0 takes 10000.")] = 0,
+    prior_width: Annotated[
+        int, typer.Option(help="Width of its network; 0 takes 512 for codes that are vectors, 64 for maps.")
+    ] = 0,
     compile_mode: Annotated[str, typer.Option(help="torch.compile in this mode, such as reduce-overhead (CUDA graphs).")] = "",
     valid_size: Annotated[int, typer.Option(help="Training images held out for the curve; 0 takes a twelfth.")] = 0,
     resume: Annotated[
@@ -204,6 +207,8 @@ def train(
     check_choice("model", model, MODELS)
     check_choice("prior", prior, ("standard", "diffusion"))
     prior_steps = check_prior_steps(prior_steps, prior)
+    if check_int("prior_width", prior_width, minimum=0) and prior != "diffusion":
+        raise ValueError(f"prior_width: got {prior_width}, expected it beside --prior diffusion only")
     if prior == "diffusion" and "num_classes" in inspect.signature(MODELS[model]).parameters:
         raise ValueError(
             f"prior: got {prior!r} for the model {model!r}, expected 'standard': the prior of a conditional model is kept"
@@ -276,7 +281,8 @@ def train(
         }
         if prior == "diffusion" and history.stopped != "interrupted":
             start = time.perf_counter()
-            fitted = fit_diffusion(vae, train_images, train_images.labelled, prior_steps, seed=config.seed)
+            labels, width = train_images.labelled, prior_width or None
+            fitted = fit_diffusion(vae, train_images, labels, prior_steps, width=width, seed=config.seed)
             save_prior(fitted, out / PRIOR)
             summary |= {"prior": prior, "prior_loss": fitted.history[-1], "prior_seconds": round(time.perf_counter() - start, 1)}
         record = entry(shlex.join(["vaelib", *sys.argv[1:]]), config.seed, seconds, summary)
