@@ -61,8 +61,9 @@ CHAPTERS = {  # the chapter, its name on the map, its first and its last step
     "evaluation": ("Evaluation", 6, 6),
     "mistakes": ("Mistakes", 7, 7),
     "on-a-gpu": ("On a GPU", 3, 3),
+    "modern": ("Latent diffusion", 4, 4),
 }
-LANES = {"cifar-conv": 30, "on-a-gpu": 60}  # how far below the first bar of its row another stands
+LANES = {"cifar-conv": 30, "on-a-gpu": 60, "modern": 30}  # how far below the first bar of its row another stands
 # Colours are the page's, light and dark; alone, the file has the light ones.
 STYLE = """
 .route { font: 13px system-ui, sans-serif; fill: var(--pst-color-text-base, #222832); }
