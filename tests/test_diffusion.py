@@ -1,9 +1,12 @@
 """Diffusion held to exact answers: densities whose score is known at every noise level, and Gaussians' own KL."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 import vaelib
@@ -366,3 +369,74 @@ def test_the_fit_leaves_the_caller_s_random_state_alone_and_depends_on_its_seed(
     assert torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
+
+
+def students_loss(network, log_snr, x, i, eps):
+    """As a student writes it, with the weights of x."""
+    alpha2, previous_alpha2 = torch.sigmoid(log_snr[i]), torch.sigmoid(log_snr[i - 1])
+    snr, previous_snr = alpha2 / (1 - alpha2), previous_alpha2 / (1 - previous_alpha2)
+    x_i = alpha2.sqrt()[:, None] * x + (1 - alpha2).sqrt()[:, None] * eps
+    x_hat = (x_i - (1 - alpha2).sqrt()[:, None] * network(x_i, log_snr[i])) / alpha2.sqrt()[:, None]
+    return (len(log_snr) - 1) / 2 * (previous_snr - snr) * ((x - x_hat) ** 2).sum(1)
+
+
+def test_the_checker_passes_a_loss_that_is_right_in_other_words():
+    assert vaelib.checks.check_diffusion_loss(students_loss)
+
+
+MISTAKES = [(name, fn) for name, (_, *fns) in vaelib.checks.DIFFUSION_MISTAKES.items() for fn in fns]
+
+
+@pytest.mark.parametrize(("name", "fn"), MISTAKES, ids=[f"{name}-{place}" for place, (name, _) in enumerate(MISTAKES)])
+def test_the_checker_names_the_mistake(name, fn):
+    verdict = vaelib.checks.check_diffusion_loss(lambda network, log_snr, x, i, eps: fn(network, log_snr, x, i, eps))
+    assert (verdict.passed, verdict.mistake) == (False, name)
+
+
+def test_the_checker_names_two_mistakes_and_a_loss_without_a_gradient():
+    def two(network, log_snr, x, i, eps):
+        x_i = torch.sigmoid(log_snr[i]).sqrt()[:, None] * x + torch.sigmoid(-log_snr[i])[:, None] * eps  # a variance
+        weight = torch.expm1(log_snr[i - 1] - log_snr[i])
+        return 0.5 * weight * (eps - network(x_i, log_snr[i])).square().sum(1)  # and no T
+
+    assert vaelib.checks.check_diffusion_loss(two).mistake == "variance + no-steps"
+    assert vaelib.checks.check_diffusion_loss(lambda *a: students_loss(*a).detach()).mistake == "detached"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_checker_s_loss_has_the_mean_that_the_library_s_sum_over_levels_has(mixture, schedule):
+    levels, denoiser, draws = 6, exact_denoiser(mixture), 30000
+    curve = make_schedule(schedule, -3.0, 3.0)
+    log_snr, x, generator = (
+        curve(torch.linspace(0, 1, levels + 1)).double(),
+        torch.tensor([[0.3, 0.8]]).double().expand(draws, 2),
+        seeded(),
+    )
+    i = torch.randint(1, levels + 1, (draws,), generator=generator)
+    one = students_loss(denoiser, log_snr, x, i, torch.randn(draws, 2, generator=generator).double())
+    by_library = diffusion_elbo(denoiser, curve, x[:2000], levels, 60, seeded(1)).levels
+    assert (one.mean() - by_library.mean()).abs() < 4 * (one.var() / draws + by_library.var() / 2000).sqrt()
+
+
+def test_the_command_line_fits_a_prior_after_training_and_draws_from_it_by_label(vaelib_here, tmp_path):
+    run, quick = tmp_path / "run", ("--data", "digits", "--hidden", "16", "--latent-dim", "3", "--epochs", "1", "--device", "cpu")
+    done = vaelib_here("train", *quick, "--out", run, "--prior", "diffusion", "--prior-steps", 3, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["prior"] == "diffusion"
+    options = ("--prior", "diffusion", "--label", 3, "--guidance", 1.5, "--num-images", 4, "--device", "cpu", "--json")
+    done = vaelib_here("sample", run, "--out", tmp_path / "a.png", *options)
+    assert done.returncode == 0, done.stderr
+    drawn = json.loads(done.stdout)
+    assert (drawn["prior"], drawn["guidance"]) == ("diffusion", 1.5)
+    prior = diffusion.load_prior(run / "prior.safetensors")
+    from vaelib.book.plotting import tile
+
+    pixels = vaelib.generate(vaelib.load(run), 4, seed=0, prior=prior.given(3, 1.5))
+    with Image.open(tmp_path / "a.png") as sheet:
+        expected = tile(pixels.repeat_interleave(3, 2).repeat_interleave(3, 3), 2).astype(int)
+        assert abs(np.asarray(sheet).astype(int) - expected).max() <= 1
+    again = vaelib_here("sample", run, "--out", tmp_path / "b.png", *options, "--prior-steps", 2)  # fitted anew
+    assert again.returncode == 0, again.stderr
+    refused = vaelib_here("train", *quick, "--out", run)
+    assert refused.returncode == 2
+    assert vaelib_here("sample", run, "--out", tmp_path / "c.png", *options[:2], "--label", 10).returncode == 2

@@ -10,6 +10,7 @@ from torch import nn
 
 import vaelib
 from vaelib import VAE, ElboTerms, Gaussian, TrainConfig, fit, heldout_elbo, image_set, mlp_vae
+from vaelib.book import oracles
 from vaelib.book.oracles import LinearGaussian, linear_rate, principal_components, probabilistic_pca
 
 DIMS, LATENT, SCALE, COUNT = 6, 2, 0.5, 5
@@ -352,3 +353,30 @@ def test_the_gaussian_of_pixels_refuses_images_of_other_shapes():
         vaelib.oracles.gaussian_pixels_log_prob(
             torch.zeros(9, 1, 1, 2, dtype=torch.uint8), torch.zeros(9, 1, 1, 3, dtype=torch.uint8)
         )
+
+
+@pytest.mark.equation("kalman")
+def test_the_kalman_filter_gives_the_log_density_of_all_frames_together():
+    generator = torch.Generator().manual_seed(0)
+    transition, weight = torch.randn(2, 2, generator=generator).double() / 2, torch.randn(3, 2, generator=generator).double()
+    model = oracles.StateSpace(transition, torch.tensor([0.5, 0.8]).double(), weight, torch.ones(3).double(), 0.3)
+    x = model.sample(5, 4, generator)
+    blocks = [torch.eye(2).double()]  # covariances of z_t, then of z_s and z_t
+    for _ in range(3):
+        blocks.append(transition @ blocks[-1] @ transition.T + (model.noise**2).diag())
+    joint = torch.zeros(12, 12).double()
+    for s in range(4):
+        for t in range(s, 4):
+            between = weight @ torch.linalg.matrix_power(transition, t - s) @ blocks[s] @ weight.T
+            joint[3 * t : 3 * t + 3, 3 * s : 3 * s + 3] = between
+            joint[3 * s : 3 * s + 3, 3 * t : 3 * t + 3] = between.T
+    whole = torch.distributions.MultivariateNormal(model.bias.repeat(4), joint + 0.09 * torch.eye(12).double())
+    torch.testing.assert_close(model.log_evidence(x), whole.log_prob(x.flatten(1)))
+
+
+def test_a_draw_of_a_state_space_model_has_the_variance_of_its_law():
+    model = oracles.StateSpace(0.5 * torch.eye(1), torch.tensor([0.75**0.5]), torch.ones(1, 1), torch.zeros(1), 0.1)
+    x = model.sample(20000, 3, torch.Generator().manual_seed(0))[..., 0]
+    torch.testing.assert_close(
+        torch.cov(x.T), torch.tensor([[1.01, 0.5, 0.25], [0.5, 1.01, 0.5], [0.25, 0.5, 1.01]]), atol=0.04, rtol=0
+    )

@@ -29,6 +29,7 @@ from vaelib.coding import compress, decompress
 from vaelib.conditional import ConditionalVAE
 from vaelib.config import TrainConfig
 from vaelib.data import NAMES, ImageSet, load_folder, load_images, read_image, train_valid_split
+from vaelib.diffusion import fit_diffusion, load_prior, save_prior
 from vaelib.distributed import choose_device, join, leave
 from vaelib.evaluation import evaluate as evaluate_model
 from vaelib.files import files_below
@@ -48,9 +49,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Variational autoencoders: train, evaluate, sample, index, search, compress, reproduce.",
 )
-RUN = "run.json"
-FILES = (CHECKPOINT, CONFIG, WEIGHTS, HISTORY, RUN)  # what a run leaves in its folder
-PRIORS = {"standard": None, "mixture": fit_mixture, "second-stage": fit_second_stage}
+RUN, PRIOR = "run.json", "prior.safetensors"
+FILES = (CHECKPOINT, CONFIG, WEIGHTS, HISTORY, RUN, PRIOR)  # what a run leaves in its folder
+PRIORS = {"standard": None, "mixture": fit_mixture, "second-stage": fit_second_stage, "diffusion": fit_diffusion}
 
 
 def expanded(value: Any) -> Any:
@@ -190,6 +191,13 @@ def train(
     code_prior_epochs: Annotated[
         int, typer.Option(help="vq: epochs of a prior over its codes, trained after the model; 0 leaves the uniform one.")
     ] = 0,
+    prior: Annotated[
+        str, typer.Option(help="diffusion: fit a diffusion model to the codes afterwards, for vaelib sample --prior diffusion.")
+    ] = "standard",
+    prior_steps: Annotated[int, typer.Option(help="Steps of that fit; 0 takes 10000.")] = 0,
+    prior_width: Annotated[
+        int, typer.Option(help="Width of its network; 0 takes 512 for codes that are vectors, 64 for maps.")
+    ] = 0,
     compile_mode: Annotated[str, typer.Option(help="torch.compile in this mode, such as reduce-overhead (CUDA graphs).")] = "",
     valid_size: Annotated[int, typer.Option(help="Training images held out for the curve; 0 takes a twelfth.")] = 0,
     resume: Annotated[
@@ -203,6 +211,14 @@ def train(
     import torch
 
     check_choice("model", model, MODELS)
+    check_choice("prior", prior, ("standard", "diffusion"))
+    prior_steps = check_prior_steps(prior_steps, prior)
+    if check_int("prior_width", prior_width, minimum=0) and prior != "diffusion":
+        raise ValueError(f"prior_width: got {prior_width}, expected it beside --prior diffusion only")
+    if prior == "diffusion" and "num_classes" in inspect.signature(MODELS[model]).parameters:
+        raise ValueError(
+            f"prior: got {prior!r} for the model {model!r}, expected 'standard': the prior of a conditional model is kept"
+        )
     arguments = model_arguments(
         model,
         likelihood,
@@ -275,6 +291,12 @@ def train(
             **saved_epoch,
             **({"code_prior_rate": course[-1]} if course else {}),  # nats per image, while it was trained
         }
+        if prior == "diffusion" and history.stopped != "interrupted":
+            start = time.perf_counter()
+            labels, width = train_images.labelled, prior_width or None
+            fitted = fit_diffusion(vae, train_images, labels, prior_steps, width=width, seed=config.seed)
+            save_prior(fitted, out / PRIOR)
+            summary |= {"prior": prior, "prior_loss": fitted.history[-1], "prior_seconds": round(time.perf_counter() - start, 1)}
         record = entry(shlex.join(["vaelib", *sys.argv[1:]]), config.seed, seconds, summary)
         record |= {"data": data} if data else {"folder": summary["folder"]}
         record |= {"model": vae.config, "training": config.as_dict()}
@@ -282,6 +304,27 @@ def train(
     show(summary, as_json)
     if history.stopped == "interrupted":
         raise typer.Exit(130)
+
+
+def check_prior_steps(steps: int, prior: str) -> int:
+    """How many steps a diffusion prior is fitted for; ValueError where there is none."""
+    if check_int("prior_steps", steps, minimum=0) and prior != "diffusion":
+        raise ValueError(f"prior_steps: got {steps}, expected it beside --prior diffusion only")
+    return steps or 10000
+
+
+def fitted_prior(model: VAE, run: Path, prior: str, data: str, steps: int, label: int | None, guidance: float, seed: int) -> Any:
+    """What --prior of vaelib sample asks for: fitted to the training images' codes, or the diffusion model that training left."""
+    if prior != "diffusion":
+        fit_prior: Any = PRIORS[prior]
+        return fit_prior and fit_prior(model, images_named(data_of(run, data)), seed=seed)
+    if (run / PRIOR).exists() and not data and not steps:
+        found = load_prior(run / PRIOR)
+        found.network.to(model.device)
+    else:
+        images = images_named(data_of(run, data))
+        found = fit_diffusion(model, images, images.labelled, steps or 10000, seed=seed)
+    return found if label is None else found.given(label, guidance)
 
 
 def folder_shape(folder: str, data: str, size: str, grey: bool) -> tuple[int, int, int]:
@@ -396,12 +439,14 @@ def sample(
     grid: Annotated[str, typer.Option(help="ROWSxCOLS of the sheet, such as 4x10, instead of --num-images.")] = "",
     temperature: Annotated[float, typer.Option(help="Factor on the prior's standard deviation.")] = 1.0,
     prior: Annotated[
-        str, typer.Option(help="standard, or fitted to the training images' codes: mixture, second-stage.")
+        str, typer.Option(help="standard, or fitted to the training images' codes: mixture, second-stage, diffusion.")
     ] = "standard",
+    prior_steps: Annotated[int, typer.Option(help="diffusion: fit it anew, for so many steps.")] = 0,
+    guidance: Annotated[float, typer.Option(help="diffusion: weight of the --label; 1 is p(z given label).")] = 1.0,
     data: Annotated[str, typer.Option(help="What --prior is fitted to; by default the set the model was trained on.")] = "",
     ends: Annotated[tuple[str, str], typer.Option("--interpolate", help="Walk between two image files.")] = ("", ""),
     kind: Annotated[str, typer.Option(help="Way of --interpolate: linear or spherical; default: linear.")] = "",
-    label: Annotated[int | None, typer.Option(help="conditional: number of the class.")] = None,
+    label: Annotated[int | None, typer.Option(help="conditional model or --prior diffusion: number of the class.")] = None,
     seed: int = 0,
     device: Device = "auto",
     as_json: Json = False,
@@ -429,8 +474,11 @@ def sample(
     check_int("grid" if grid else "num_images", count, minimum=2 if between else 1)
     columns = int(grid.split("x")[1]) if grid else count if between else math.ceil(math.sqrt(count))
     model = load_run(run).to(choose_device(device))
-    if label is not None and not isinstance(model, ConditionalVAE):
-        raise ValueError(f"label: got {label}, expected it for a conditional model only")
+    check_prior_steps(prior_steps, prior)
+    if label is not None and not isinstance(model, ConditionalVAE) and prior != "diffusion":
+        raise ValueError(f"label: got {label}, expected it for a conditional model only, or beside --prior diffusion")
+    if guidance != 1 and (label is None or prior != "diffusion"):
+        raise ValueError(f"guidance: got {guidance}, expected it beside --prior diffusion and --label only")
     if isinstance(model, ConditionalVAE):
         if label is None:
             raise ValueError(f"label: got none, expected a class from 0 to {model.num_classes - 1}: the model is conditional")
@@ -442,11 +490,11 @@ def sample(
         first, last = (read_image(end, model.image_shape) for end in ends)
         pixels = interpolate(model, first, last, count, seed, kind)
     else:
-        fit_prior = PRIORS[prior]
-        fitted = fit_prior and fit_prior(model, images_named(data_of(run, data)), seed=seed)
+        fitted = fitted_prior(model, run, prior, data, prior_steps, label, guidance, seed)
         pixels = generate(model, count, temperature, seed, fitted)
     write_sheet(pixels, columns, out)
-    drawn = {"interpolate": ends, "kind": kind} if between else {"temperature": temperature, "prior": prior}
+    drawn: dict[str, Any] = {"interpolate": ends, "kind": kind} if between else {"temperature": temperature, "prior": prior}
+    drawn |= {"guidance": guidance} if prior == "diffusion" and label is not None else {}
     show({"out": str(out), "num_images": count, **drawn, "seed": seed}, as_json)
 
 

@@ -611,7 +611,7 @@ def fit_diffusion(
         images: the training set.
         labels: whether the network is told the images' labels, which then can be asked for, see `DiffusionPrior.given`.
         steps: of the training, with `batch_size` codes each.
-        width: units of the network's layers; None is 512 for codes that are vectors, 128 channels for maps.
+        width: units of the network's layers; None is 512 for codes that are vectors, 64 channels for maps.
         schedule: `Schedule`'s name.
         parameterization: what the network gives: ``"eps"``, ``"x"``, ``"v"`` or ``"flow"``.
         weighting: ``"simple"`` or ``"elbo"``, see `denoising_loss`.
@@ -643,7 +643,7 @@ def fit_diffusion(
     shape = model.latent_shape
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
         torch.manual_seed(seed)
-        network = make_denoiser(shape, width or (512 if len(shape) == 1 else 128), depth, len(classes)).to(model.device)
+        network = make_denoiser(shape, width or (512 if len(shape) == 1 else 64), depth, len(classes)).to(model.device)
     x, own = ((codes - mean) / std).to(model.device), images.labels.to(model.device) if labels else None  # type: ignore[union-attr]
     prior = DiffusionPrior(network, curve, mean, std, parameterization)
     options = steps, check_int("batch_size", batch_size), learning_rate, parameterization, weighting

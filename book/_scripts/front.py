@@ -63,8 +63,16 @@ CHAPTERS = {  # the chapter, its name on the map, its first and its last step
     "on-a-gpu": ("On a GPU", 3, 3),
     "compression": ("Compression", 6, 6),
     "codes": ("Codes from a list", 4, 4),
+    "modern": ("Latent diffusion", 4, 4),
 }
-LANES = {"cifar-conv": 30, "on-a-gpu": 60, "compression": 30, "codes": 30}  # how far below the first bar of its row another stands
+# how far below the first bar of its row another stands
+LANES = {
+    "cifar-conv": 30,
+    "on-a-gpu": 60,
+    "compression": 30,
+    "codes": 30,
+    "modern": 30,
+}
 # Colours are the page's, light and dark; alone, the file has the light ones.
 STYLE = """
 .route { font: 13px system-ui, sans-serif; fill: var(--pst-color-text-base, #222832); }

@@ -8,6 +8,7 @@ stands there, and the VQ-VAE of codes. Those of cifar-conv take longer still, an
 """
 
 import argparse
+import base64
 import bz2
 import io
 import json
@@ -22,6 +23,9 @@ import numpy as np
 import torch
 from PIL import Image
 from retrieval_rows import codes, learned
+from sklearn.cluster import KMeans
+from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
 import vaelib
 from vaelib.book.ledger import entry
@@ -311,11 +315,42 @@ def from_a_list():
     return {"test_images": chosen, "num_codes": 64, "rate": vaelib.evaluate(model, test, elbo_samples=1).kl}
 
 
+def modern():
+    """Four sources of codes: samples of one decoder with three of them, and a digit written in the entries of a codebook."""
+    rows = json.loads((ROOT / "results" / "diffusion-rows.json").read_text())
+    ax, side, step = canvas(2.75), 1.5, 1.98
+    titles = ("$\\mathcal{N}(0, I)$", "mixture", "codebook", "diffusion")
+    for place, (title, name) in enumerate(zip(titles, ("prior", "mixture", None, "diffusion-cpu"), strict=True)):
+        left = 0.08 + step * place
+        ax.text(left + side / 2, 2.35, title, ha="center", va="center")
+        if name:
+            sheet = Image.open(io.BytesIO(base64.b64decode(rows[f"digits-{name}-0"]["metrics"]["samples"])))
+            images = pil_to_tensor(sheet).unfold(1, 28, 28).unfold(2, 28, 28).flatten(1, 2).transpose(0, 1)  # (20, 1, 28, 28)
+            put(ax, images[:9], left, 0.5, side, 3)
+        else:
+            pixels = vaelib.load_images("mnist").pixels[:3000].float()
+            patches = nn.functional.unfold(pixels, 4, stride=4).transpose(1, 2)  # (N, 49, 16)
+            book = KMeans(32, n_init=1, random_state=0).fit(patches.flatten(0, 1).numpy())
+            digit = vaelib.load_images("mnist", "test").pixels[:1]
+            entries = book.predict(nn.functional.unfold(digit.float(), 4, stride=4)[0].T.numpy())
+            brightness = book.cluster_centers_.mean(1).argsort().argsort()  # neighbours in colour are alike in brightness
+            colours = plt.get_cmap("turbo")(brightness[entries] / 31)[:, :3].reshape(7, 7, 3)
+            limits = ax.get_xlim(), ax.get_ylim()
+            ax.imshow(colours, extent=(left, left + side, 0.5, 0.5 + side), aspect="auto", interpolation="nearest")
+            ax.set(xlim=limits[0], ylim=limits[1])
+        if place:
+            arrow = {"arrowstyle": "-|>", "color": INK, "lw": 2, "mutation_scale": 18}
+            ax.annotate("", (left - 0.04, 0.5 + side / 2), (left - step + side + 0.04, 0.5 + side / 2), arrowprops=arrow)
+    ax.text(WIDTH / 2, 0.22, "where the decoder's codes come from", ha="center", va="center")
+    return {"sources": list(titles), "entries": 32, "test_image": 0}
+
+
 CHAPTERS = {
     "elbo": elbo, "mnist-mlp": mnist_mlp, "cifar-conv": cifar_conv, "generation": generation,
     "retrieval": retrieval, "evaluation": evaluation, "mistakes": mistakes, "on-a-gpu": on_a_gpu,
     "compression": compression,
     "codes": from_a_list,
+    "modern": modern,
 }  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,6 +106,49 @@ def exact_vae(oracle: LinearGaussian, image_shape: Sequence[int]) -> VAE:
         decoder.weight.copy_(oracle.weight)  # type: ignore[operator, union-attr]
         decoder.bias.copy_(oracle.bias)  # type: ignore[operator, union-attr]
     return model.eval()
+
+
+class StateSpace(NamedTuple):
+    """A linear-Gaussian state-space model: z_1 ~ N(0, I), z_t = transition z_{t-1} + noise * eps, x_t ~ N(weight z_t + bias, scale^2 I).
+
+    Attributes:
+        transition: (L, L).
+        noise: (L,), standard deviations of what is new in z_t.
+        weight: (D, L).
+        bias: (D,).
+        scale: standard deviation of x_t given z_t.
+    """
+
+    transition: Tensor
+    noise: Tensor
+    weight: Tensor
+    bias: Tensor
+    scale: float
+
+    def sample(self, count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of x_1, ..., x_T: (count, T, D)."""
+        like: Any = {"generator": generator, "dtype": self.weight.dtype}
+        z, frames = torch.randn(count, len(self.noise), **like), []
+        for _ in range(length):
+            frames.append(z @ self.weight.T + self.bias + self.scale * torch.randn(count, len(self.bias), **like))
+            z = z @ self.transition.T + self.noise * torch.randn(count, len(self.noise), **like)
+        return torch.stack(frames, 1)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        """log p(x_1, ..., x_T) by the Kalman filter: (N, T, D) -> (N,), nats. eq. kalman
+
+        It is the sum of log p(x_t given x_1, ..., x_{t-1}), each a Gaussian whose moments follow from those of the step before.
+        """
+        eye, total = torch.eye(len(self.noise), dtype=x.dtype), torch.zeros(len(x), dtype=x.dtype)
+        mean, covariance = torch.zeros(len(x), len(eye), dtype=x.dtype), eye  # of z_t given the frames before t
+        for frame in x.unbind(1):
+            spread = self.weight @ covariance @ self.weight.T + self.scale**2 * torch.eye(len(self.bias), dtype=x.dtype)
+            error = frame - mean @ self.weight.T - self.bias
+            total = total + torch.distributions.MultivariateNormal(torch.zeros_like(self.bias), spread).log_prob(error)
+            gain = torch.linalg.solve(spread, self.weight @ covariance).T  # (L, D)
+            mean, covariance = mean + error @ gain.T, covariance - gain @ self.weight @ covariance
+            mean, covariance = mean @ self.transition.T, self.transition @ covariance @ self.transition.T + self.noise.diag() ** 2
+        return total
 
 
 class PrincipalComponents(NamedTuple):

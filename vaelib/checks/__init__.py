@@ -7,6 +7,7 @@ the verdict; a check itself raises nothing but for wrong arguments of its own.
 
 from vaelib.checks.coders import POP_MISTAKES, PUSH_MISTAKES, check_coder
 from vaelib.checks.codes import VQ_MISTAKES, check_vq
+from vaelib.checks.denoising import DIFFUSION_MISTAKES, check_diffusion_loss
 from vaelib.checks.densities import check_posterior, check_prior
 from vaelib.checks.density import BERNOULLI_MISTAKES, LOGISTIC_MISTAKES, check_likelihood
 from vaelib.checks.estimates import (
@@ -60,6 +61,7 @@ __all__ = [
     "ANCESTRAL_MISTAKES",
     "BERNOULLI_MISTAKES",
     "BITS_MISTAKES",
+    "DIFFUSION_MISTAKES",
     "ELBO_MISTAKES",
     "ESS_MISTAKES",
     "IWAE_MISTAKES",
@@ -85,6 +87,7 @@ __all__ = [
     "check_ancestral",
     "check_bits_per_dim",
     "check_coder",
+    "check_diffusion_loss",
     "check_effective_sample_size",
     "check_elbo",
     "check_encoder_decoder",
