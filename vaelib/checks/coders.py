@@ -11,19 +11,19 @@ from typing import Any
 from vaelib._validation import describe
 from vaelib.checks.verdicts import Mistakes, attempt, fail, fail_by_name, recognized, verdict
 
-Frequencies = Sequence[int]
+Counts = Sequence[int]
 
 
-def start_of(symbol: int, frequencies: Frequencies) -> int:
+def start_of(symbol: int, frequencies: Counts) -> int:
     return sum(frequencies[:symbol])
 
 
 def push_recipe(
     message: int,
     symbol: int,
-    frequencies: Frequencies,
-    total: Callable[[Frequencies], int] = sum,
-    start: Callable[[int, Frequencies], int] = start_of,
+    frequencies: Counts,
+    total: Callable[[Counts], int] = sum,
+    start: Callable[[int, Counts], int] = start_of,
     quotient: Callable[[int, int], int] = lambda message, frequency: message // frequency,
     remainder: Callable[[int, int], int] = lambda message, frequency: message % frequency,
 ) -> int:
@@ -32,7 +32,7 @@ def push_recipe(
     return quotient(message, frequency) * total(frequencies) + remainder(message, frequency) + start(symbol, frequencies)
 
 
-def found_at(target: int, frequencies: Frequencies, offset: int = 0) -> int:
+def found_at(target: int, frequencies: Counts, offset: int = 0) -> int:
     """The symbol whose interval holds the target; `offset` 1 puts its upper end into it."""
     edges = [start_of(k + 1, frequencies) for k in range(len(frequencies))]
     return next((k for k, edge in enumerate(edges) if target < edge + offset), len(edges) - 1)
@@ -40,10 +40,10 @@ def found_at(target: int, frequencies: Frequencies, offset: int = 0) -> int:
 
 def pop_recipe(
     message: int,
-    frequencies: Frequencies,
-    find: Callable[[int, Frequencies], int] = found_at,
-    start: Callable[[int, Frequencies], int] = start_of,
-    factor: Callable[[int, Frequencies], int] = lambda symbol, frequencies: frequencies[symbol],
+    frequencies: Counts,
+    find: Callable[[int, Counts], int] = found_at,
+    start: Callable[[int, Counts], int] = start_of,
+    factor: Callable[[int, Counts], int] = lambda symbol, frequencies: frequencies[symbol],
     target: Callable[[int, int], int] = lambda message, total: message % total,
     rest: Callable[[int], int] = lambda target: target,
 ) -> tuple[int, int]:
@@ -103,9 +103,9 @@ POP_MISTAKES: Mistakes = {
 
 @verdict
 def check_coder(
-    push: Callable[[int, int, Frequencies], int],
-    pop: Callable[[int, Frequencies], tuple[int, int]],
-    decode: Callable[[int, int, Frequencies], Sequence[int]] | None = None,
+    push: Callable[[int, int, Counts], int],
+    pop: Callable[[int, Counts], tuple[int, int]],
+    decode: Callable[[int, int, Counts], Sequence[int]] | None = None,
 ) -> str:
     """Judges the two steps of asymmetric numeral systems on an integer of any size. eq. ans-push
 
