@@ -104,7 +104,7 @@ class Message:
 
     @property
     def bits(self) -> float:
-        """The information in the message: 0 or little more at its start, bits."""
+        """The information in the message, in bits, which is 0 or little more at its start."""
         return 32.0 * self.size + float(np.log2(self.heads.astype(np.float64)).sum()) - 32 * self.lanes
 
     def push(self, symbols: Ints, distribution: Distribution) -> None:

@@ -112,7 +112,7 @@ def noise_of(parameterization: str, output: Tensor, x_t: Tensor, log_snr: Tensor
 
 
 def noise_weight(parameterization: str, log_snr: Tensor) -> Tensor:
-    """The factor w with |eps - its estimate|^2 = w |target - output|^2: (N,) -> (N,). So the parameterizations differ by a weight."""
+    """What the output's squared error is multiplied by to give that of eps: (N,) -> (N,). So parameterizations differ by a weight."""
     alpha, sigma = (factor[..., 0] for factor in alpha_sigma(log_snr))
     root = {"eps": torch.ones_like(alpha), "x": alpha / sigma, "v": alpha, "flow": alpha / (alpha + sigma)}
     return root[parameterization].square()
@@ -233,7 +233,7 @@ def denoising_loss(
     """What a network is trained by: x (N, L), times (N,), noise (N, L) -> (N,).
 
     With the weighting ``"elbo"`` its mean over times is the sum over noise levels of eq. diffusion-continuous, in nats, whatever the
-    parameterization. ``"simple"`` is |target - output|^2 / L without a weight (Ho et al. 2020), which asks less of small noise.
+    parameterization. ``"simple"`` is the output's mean squared error without a weight (Ho et al. 2020), which asks less of small noise.
     """
     log_snr = schedule(t)
     x_t = noised(x, log_snr, eps)
@@ -258,7 +258,7 @@ class DiffusionTerms(NamedTuple):
 
     @property
     def elbo(self) -> Tensor:
-        """The bound on log p(x): (N,), nats."""
+        """The bound on log p(x), (N,), nats."""
         return self.log_likelihood - self.levels - self.prior_kl
 
 
@@ -272,7 +272,7 @@ def level_kl(error: Tensor, log_snr_s: Tensor, log_snr_t: Tensor) -> Tensor:
     """KL(q(x_s given x_t, x) || p(x_s given x_t)) of one step, whose two Gaussians differ in their means alone: (N,), nats.
 
     Args:
-        error: |eps - its estimate|^2 at t, (N,).
+        error: the squared distance of eps from its estimate at t, (N,).
     """
     return 0.5 * (log_snr_s - log_snr_t).expm1() * error
 
@@ -316,7 +316,7 @@ def diffusion_elbo(
     prior_kl = gaussian_kl(alpha * x, (2 * sigma.log()).expand_as(x))
 
     def error_at(log_snr: Tensor) -> Tensor:
-        """The squared error of the denoiser at this level, (N,), less a part of |eps|^2 - L, whose mean is 0: so it varies less."""
+        """The denoiser's squared error at this level, (N,), less a part of the squared norm of eps minus L, of mean 0: it varies less."""
         eps = torch.randn(x.shape, generator=generator, device="cpu", dtype=x.dtype).to(x.device)
         error = (eps - denoiser(noised(x, log_snr, eps), log_snr)).square().sum(1)
         return error - log_snr.sigmoid().square() * (eps.square() - 1).sum(1)  # all that varies, if x is from N(0, I)
@@ -347,7 +347,8 @@ class DiffusionPrior:
 
     Attributes:
         network: (x_t, log-SNR, labels or None) -> an output of the `parameterization`.
-        mean, std: (L,), of the codes it was fitted to.
+        mean: (L,), of the codes it was fitted to.
+        std: (L,), their standard deviation.
         steps: levels of `sample`.
         stochastic: whether `sample` draws from p(x_s given x_t) in turn, as the bound has it; else each noise determines its code, and
             the way is that of the probability-flow equation (DDIM: Song, Meng and Ermon 2021).

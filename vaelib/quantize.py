@@ -202,7 +202,7 @@ class FiniteScalars(nn.Module):
 
     Attributes:
         codes: (K, D), all the maps of levels.
-        counts, batch_perplexity, steps: as in `Codebook`.
+        counts: as in `Codebook`, and so are `batch_perplexity` and `steps`.
     """
 
     def __init__(self, levels: Sequence[int], decay: float = 0.99) -> None:
