@@ -202,7 +202,9 @@ class FiniteScalars(nn.Module):
 
     Attributes:
         codes: (K, D), all the maps of levels.
-        counts: as in `Codebook`, and so are `batch_perplexity` and `steps`.
+        counts: as in `Codebook`.
+        batch_perplexity: likewise.
+        steps: likewise.
     """
 
     def __init__(self, levels: Sequence[int], decay: float = 0.99) -> None:
@@ -393,7 +395,8 @@ class VQVAE(VAE):
         """Of the running counts, some hundred batches long: their perplexity, and how many codes have a count above a hundredth of an
         even one; and the mean perplexity of a batch."""
         book = self.codebook
-        counts, begun = book.counts, 1 - book.decay ** book.steps.item()  # the share of the running mean that is no start value
+        counts = book.counts
+        begun = 1 - book.decay ** max(1.0, book.steps.item())  # the share of the running mean that is no start value
         return {
             "perplexity": perplexity(counts).item(),
             "batch_perplexity": book.batch_perplexity.item() / begun,
