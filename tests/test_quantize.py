@@ -79,6 +79,16 @@ def test_bounds_are_those_of_the_sum_over_all_maps_of_codes(prior, pixels):
         assert terms.kl.std() > 0.01
 
 
+@pytest.mark.parametrize("prior", [None, PRIOR])
+def test_what_asks_for_a_continuous_code_names_what_it_cannot(prior, pixels):
+    model = tiny(prior)
+    with pytest.raises(ValueError, match=type(model.prior).__name__):
+        vaelib.evaluation.annealed_log_likelihood(model, pixels, num_steps=2, num_chains=1)
+    for asks in (vaelib.evaluation.posteriors, vaelib.rate_decomposition, vaelib.evaluation.inference_gaps):
+        with pytest.raises(ValueError, match="OneHot"):
+            asks(model, pixels)
+
+
 @pytest.mark.equation("code-prior")
 def test_the_probabilities_of_all_maps_sum_to_one_and_each_code_sees_only_those_before():
     torch.manual_seed(0)

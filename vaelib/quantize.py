@@ -393,7 +393,8 @@ class VQVAE(VAE):
         """Of the running counts, some hundred batches long: their perplexity, and how many codes have a count above a hundredth of an
         even one; and the mean perplexity of a batch."""
         book = self.codebook
-        counts, begun = book.counts, 1 - book.decay ** book.steps.item()  # the share of the running mean that is no start value
+        counts = book.counts
+        begun = 1 - book.decay ** max(1.0, book.steps.item())  # the share of the running mean that is no start value
         return {
             "perplexity": perplexity(counts).item(),
             "batch_perplexity": book.batch_perplexity.item() / begun,

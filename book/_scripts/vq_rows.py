@@ -125,8 +125,8 @@ def example(budget, seed, variance, **changes):
     return model.to(budget.device), kmeans
 
 
-def fitted_example(budget, seed, epochs, count=TRAIN, **changes):
-    """The example after so many epochs over its first `count` images: the model, these, and the scores that the example prints."""
+def fitted_example(budget, seed, epochs, **changes):
+    """The example after so many epochs of 1250 steps: the model, its images, and the scores that the example prints."""
     images = budget.images("cifar10")
     train, valid = (images[:TRAIN], images[TRAIN:]) if not budget.rehearse else (images[:192], images[192:])
     variance = (train.pixels.double() / 255).var(correction=0).item()
@@ -136,7 +136,7 @@ def fitted_example(budget, seed, epochs, count=TRAIN, **changes):
     config = budget.config(
         epochs=epochs, batch_size=32, learning_rate=3e-4, schedule="constant", warmup=0.0, clip_norm=None, seed=seed
     )
-    history, seconds = seconds_of(lambda: vaelib.fit(model, train[:count], None, config))
+    history, seconds = seconds_of(lambda: vaelib.fit(model, train, None, config))
     pixels, scale = 3 * 32 * 32, model.likelihood.log_scale.exp().item()
     constant = pixels * (math.log(scale) + 0.5 * math.log(2 * math.pi))
     usage = quantize.code_usage(model, valid, 32)
@@ -198,8 +198,8 @@ def two_cores(budget, seed):
 
 
 def cure(budget, name, seed):
-    """A quarter of its steps, with the codebook started badly and one cure; short epochs, so that the curves have points."""
-    return fitted_example(budget, seed, budget(8, 2), 10000, **CURES[name])[2]
+    """A quarter of its steps, with the codebook started badly and one cure."""
+    return fitted_example(budget, seed, budget(2, 1), **CURES[name])[2]
 
 
 def mnist(budget, seed):
@@ -350,6 +350,7 @@ def main():
             continue
         seconds = time.perf_counter() - began
         longest[kind] = max(seconds, longest.get(kind, 0.0))
+        done = json.loads(asked.ledger.read_text()) if asked.ledger.exists() else {}  # another call may have written meanwhile
         done[name] = entry(f"python book/_scripts/vq_rows.py {name}", seed_of(name), seconds, metrics)
         done["summary"] = summary(done)
         write_text(asked.ledger, json.dumps(done, indent=1) + "\n")
