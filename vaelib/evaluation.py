@@ -299,10 +299,11 @@ def _anneal(
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             log_prior = prior.log_prob(u)
-            if not log_prior.requires_grad:
+            gradient = torch.autograd.grad(log_prior.sum(), u, allow_unused=True)[0] if log_prior.requires_grad else None
+            if gradient is None:
                 found = f"the prior {type(prior).__name__}, whose log_prob has no gradient"
                 raise ValueError(f"model: got one with {found}, expected a density of continuous z: the chains follow its gradient")
-            return torch.autograd.grad(log_prior.sum(), u)[0]
+            return gradient
 
     def move(u: Tensor, value: Tensor, gradient: Tensor, t: float, step_size: Tensor, step: int) -> tuple[Tensor, ...]:
         """One transition that leaves p(z) p(x given z)^t as it is: u, its score, and the probability of acceptance."""
