@@ -202,7 +202,9 @@ class FiniteScalars(nn.Module):
 
     Attributes:
         codes: (K, D), all the maps of levels.
-        counts, batch_perplexity, steps: as in `Codebook`.
+        counts: as in `Codebook`.
+        batch_perplexity: likewise.
+        steps: likewise.
     """
 
     def __init__(self, levels: Sequence[int], decay: float = 0.99) -> None:
