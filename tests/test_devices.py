@@ -190,9 +190,15 @@ FUNCTIONS = {  # of the modules below: what is called with (model, images)
     "live_traversal": lambda m, x: widgets.live_traversal(m, x.pixels[0], [1]).children[0].value,
     "heldout_elbo": lambda m, x: vaelib.heldout_elbo(m, x, 2),
     "fingerprint": lambda m, x: retrieval.fingerprint(m),
+    "fit_prior": lambda m, x: flow_fitted(m, x.pixels),
     "compress": lambda m, x: through_a_file(m, (x.pixels[:3] >= 128).to(torch.uint8) * 255),
 }
 MODULES = (evaluation, generation, priors, widgets)
+
+
+def flow_fitted(model, pixels):
+    torch.manual_seed(0)
+    return priors.fit_prior(model, pixels, priors.FlowPrior(model.latent_dim).to(model.device), epochs=1)
 
 
 def through_a_file(model, pixels):

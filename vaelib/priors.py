@@ -178,7 +178,7 @@ class VampPrior(nn.Module):
         pixels = check_pixels("images", images.pixels if isinstance(images, ImageSet) else images, model.image_shape)
         if len(pixels) < check_int("num_components", num_components):
             raise ValueError(f"images: got {len(pixels)}, expected at least one for each of the {num_components} pseudo-inputs")
-        chosen = torch.randperm(len(pixels), generator=generator)[:num_components]
+        chosen = torch.randperm(len(pixels), generator=generator, device="cpu")[:num_components]
         likelihood = model.likelihood
         unit = pixels[chosen.to(pixels.device)].to(model.device) / 255
         self.inputs = nn.Parameter(likelihood.lowest + (likelihood.highest - likelihood.lowest) * unit)
@@ -276,8 +276,8 @@ def fit_prior(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     course = []
     for _ in range(epochs):
-        order = torch.randperm(len(mean), generator=generator).to(device)
-        eps = torch.randn(mean.shape, generator=generator).to(device)
+        order = torch.randperm(len(mean), generator=generator, device="cpu").to(device)
+        eps = torch.randn(mean.shape, generator=generator, device="cpu").to(device)
         total = torch.zeros((), device=device)
         for rows in order.split(batch_size):
             optimizer.zero_grad()

@@ -562,7 +562,7 @@ def kmeans_start(model: VAE, images: ImageSet | Tensor, rounds: int = 10, num_ve
         raise ValueError(
             f"images: got {len(vectors)} outputs of the encoder, expected at least one for each of {book.num_codes} codes"
         )
-    vectors = vectors[torch.randperm(len(vectors), generator=generator)[: check_int("num_vectors", num_vectors)]].to(
+    vectors = vectors[torch.randperm(len(vectors), generator=generator, device="cpu")[: check_int("num_vectors", num_vectors)]].to(
         book.codes.device
     )
     book.codes.copy_(vectors[: book.num_codes])
@@ -620,7 +620,7 @@ def fit_code_prior(
     with float32_products(model.device, tf32):
         for _ in range(epochs):
             total = tokens.new_zeros((), dtype=torch.float32)
-            for rows in torch.randperm(len(tokens), generator=generator).to(tokens.device).split(batch_size):
+            for rows in torch.randperm(len(tokens), generator=generator, device="cpu").to(tokens.device).split(batch_size):
                 optimizer.zero_grad()
                 nats = prior.nats(tokens[rows]).sum()
                 (nats / len(rows)).backward()
@@ -658,8 +658,8 @@ def gaussian_tokens(q: Posterior, num_codes: int, group: int = 1, nearest: bool 
     if size % group:
         raise ValueError(f"group: got {group}, expected a divisor of the {size} latents")
     generator = torch.Generator().manual_seed(check_seed("seed", seed))
-    codes = torch.randn(size // group, num_codes, group, generator=generator).to(q.mean)  # (G, K, group)
-    coins = None if nearest else torch.rand(count, size // group, num_codes, generator=generator).to(q.mean)
+    codes = torch.randn(size // group, num_codes, group, generator=generator, device="cpu").to(q.mean)  # (G, K, group)
+    coins = None if nearest else torch.rand(count, size // group, num_codes, generator=generator, device="cpu").to(q.mean)
     tokens, values = [], []
     for g, ((mean, log_var), book) in enumerate(zip(q.split([group] * (size // group)), codes, strict=True)):
         weight = Posterior(mean[:, None], log_var[:, None]).log_prob(book)  # (N, K)
