@@ -19,7 +19,7 @@ RENDER = $(BIN)/jupyter-book build book --config _config.yml --path-output . -W 
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows vq-rows gpu features setup test test-unit test-notebooks test-real test-book book book-sphinx execute equations mutants lint benchmark clean diffusion-rows
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows vq-rows uses-rows gpu features setup test test-unit test-notebooks test-real test-book book book-sphinx execute equations mutants lint benchmark clean diffusion-rows
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -100,6 +100,9 @@ vq-rows: $(READY) ## codes and learned priors of the chapter `codes`, on a GPU w
 	$(BIN)/python book/_scripts/vq_rows.py
 diffusion-rows: $(READY) ## priors by diffusion on the codes of MNIST; with DIFFUSION=--gpu the rows for a GPU
 	$(ONE_THREAD) $(BIN)/python book/_scripts/diffusion_rows.py $(DIFFUSION)
+
+uses-rows: $(READY) ## hidden pixels, left-out digits and predictive checks of the chapter `uses`, three trainings each
+	$(ONE_THREAD) $(BIN)/python book/_scripts/uses_rows.py
 
 features: $(READY) ## train the small classifier whose features score samples
 	$(BIN)/python book/_scripts/features.py
