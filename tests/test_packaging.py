@@ -106,7 +106,7 @@ def imports_of(module):
 ORDER = [
     *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "fixed"),
     *("heldout", "hierarchical", "conditional", "storage", "coding", "config", "checkpoints", "distributed"),
-    *("graphs", "step", "training", "evaluation"),
+    *("graphs", "step", "training", "evaluation", "predictive"),
     *("generation", "quantize", "priors", "diffusion", "retrieval", "quality", "checks", "book", "cli"),
 ]
 

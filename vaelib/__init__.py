@@ -1,8 +1,8 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
 The modules follow the book: `data`, `likelihoods`, `objectives`, `densities`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
-`evaluation`, `generation`, `priors`, `diffusion`, `retrieval`, `quality`. `book` serves its pages, `checks` its exercises, `cli` the
-command line.
+`evaluation`, `predictive`, `generation`, `priors`, `diffusion`, `retrieval`, `quality`. `book` serves its pages, `checks` its exercises,
+`cli` the command line.
 """
 
 import importlib
