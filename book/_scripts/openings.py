@@ -30,6 +30,7 @@ from torchvision.transforms.functional import pil_to_tensor
 import vaelib
 from vaelib.book.ledger import entry
 from vaelib.book.plotting import PALETTE, STYLE, tile
+from vaelib.predictive import impute
 from vaelib.retrieval import nearest_neighbours
 from vaelib.storage import atomic, write_text
 
@@ -272,6 +273,27 @@ def compression():
     return {"bytes": sizes}
 
 
+def uses():
+    """Four test digits: the seen upper half, five draws of the lower one from p(hidden given seen), and the digit."""
+    model, test = vaelib.load("mnist-mlp"), vaelib.load_images("mnist", "test")
+    chosen, generator = [1, 8, 115, 247], torch.Generator().manual_seed(0)
+    x = model.likelihood.observe(test.pixels[torch.tensor(chosen)], generator)
+    observed = torch.zeros(1, 1, 28, 28, dtype=torch.bool)
+    observed[..., :14, :] = True
+    found = impute(model, x, observed, 2000, 5, generator=generator)
+    ax = canvas(4.6)
+    side, left = 0.98, (0.1, 1.4, 2.4, 3.4, 4.4, 5.4, 6.6)
+    grey = torch.full_like(x, 0.35)  # the hidden half
+    columns = [torch.where(observed, x, grey), *found.draws, x]
+    for place, column in enumerate(columns):
+        for row, image in enumerate(column):
+            pixels = (255 * image[None]).round().to(torch.uint8)
+            put(ax, pixels, left[place], 3.05 - 1.0 * row, side)
+    for x_at, text in ((0.6, "seen"), (3.9, "five draws of the rest"), (7.05, "truth")):
+        ax.text(x_at, 4.32, text, ha="center", va="center")
+    return {"test_images": chosen, "num_samples": 2000, "effective_sample_size": found.effective_sample_size.tolist()}
+
+
 def quantized(images):
     """A VQ-VAE of digits with 7 x 7 of 64 codes, and a prior over its codes, after five epochs each."""
     folder = RUNS / "openings" / "codes"
@@ -350,6 +372,7 @@ CHAPTERS = {
     "retrieval": retrieval, "evaluation": evaluation, "mistakes": mistakes, "on-a-gpu": on_a_gpu,
     "compression": compression,
     "codes": from_a_list,
+    "uses": uses,
     "modern": modern,
 }  # fmt: skip
 
