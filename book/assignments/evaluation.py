@@ -9,7 +9,8 @@
 # You write what it takes to say how good a VAE is: importance weights and the bound that they give, how many draws count, an estimate of $\log p(x)$ that is held against the truth, and its standard error; then a prior and a posterior beyond the plain Gaussian.
 # At the end your prior trains with a model of handwritten digits, and your estimate judges it.
 #
-# **Needs.** The chapters [ELBO](../elbo.ipynb) and [Evaluation](../evaluation.ipynb), to the end of "The estimator where the truth is known"; of the first assignment the parts 1 to 3 and 5, or what they teach. What a learned prior such as that of part 7 can gain is the matter of [Codes](../codes.ipynb), "A better prior is a lower rate", which nothing here asks for.
+# **Needs.** The chapters [ELBO](../elbo.ipynb) and [Evaluation](../evaluation.ipynb), to the end of "The estimator where the truth is known"; of the first assignment the parts 1 to 3 and 5, or what they teach.
+# What a learned prior such as that of part 7 can gain is the matter of [Codes](../codes.ipynb), "A better prior is a lower rate", which nothing here asks for.
 # Parts 1, 2, 3 and 5 are as in the exercises of the two chapters, and `sample` of part 8 as in "Richer posteriors": write them without looking, and look after you have asked the checker.
 # **Hours.** About 6: an estimate, for it was not tried with a class.
 #
@@ -108,8 +109,10 @@ print(verdicts["bound"])
 #
 # $\frac1K \sum_k w_k$ is right on average at every $K$.
 # On which side of $\log p(x)$ does $\mathrm{IW}_K$ lie on average, and why?
-# You have ten seeds of $K = 5000$ draws for one image. A colleague reports the *mean* of the ten $\mathrm{IW}_{5000}$, you the $\mathrm{IW}_{50000}$ of all draws together.
-# Which of the two is higher, and is it so for any weights? Which lies closer to $\log p(x)$ on average?
+# You have ten seeds of $K = 5000$ draws for one image.
+# A colleague reports the *mean* of the ten $\mathrm{IW}_{5000}$, you the $\mathrm{IW}_{50000}$ of all draws together.
+# Which of the two is higher, and is it so for any weights?
+# Which lies closer to $\log p(x)$ on average?
 # One of the ten lies two nats *above* your number: how can that be, what would you look at, and why can none lie three nats above?
 # Three to five sentences.
 

@@ -9,7 +9,9 @@
 # You write a VAE whose latents come in two layers: the KL of two Gaussians, a prior that goes from the top down, a posterior that follows it, the ELBO, the exact evidence of a linear model to hold it against, and ancestral samples.
 # Then your parts train together on handwritten digits, and you see what each layer carries.
 #
-# **Needs.** The chapters [ELBO](../elbo.ipynb) and [CIFAR-10](../cifar-conv.ipynb), with its section "A hierarchy of codes"; of the first assignment the parts 1 to 3, or what they teach. Of the third, parts 7 and 8 help. The extra task alone needs [Codes](../codes.ipynb), to the end of "A gradient through a choice".
+# **Needs.** The chapters [ELBO](../elbo.ipynb) and [CIFAR-10](../cifar-conv.ipynb), with its section "A hierarchy of codes"; of the first assignment the parts 1 to 3, or what they teach.
+# Of the third, parts 7 and 8 help.
+# The extra task alone needs [Codes](../codes.ipynb), to the end of "A gradient through a choice".
 # Part 1 is as in an exercise of the first of these chapters: write it without looking.
 # **Hours.** About 6: an estimate, for it was not tried with a class.
 # The extra task, a vector-quantized code in place of Gaussian layers, takes about one more.
@@ -31,7 +33,8 @@
 # $$
 #
 # with $p(z_2) = \mathcal N(0, I)$; each other density of a latent is a diagonal Gaussian, given by its mean and `log_var`, the logarithm of its variance.
-# The upper layer is $z_2$: of the groups that the section counts from the top it is the first, and $z_1$ the second. In [Evaluation](../evaluation.ipynb) and [Compression](../compression.ipynb) the two layers are called $h_2$ and $h_1$.
+# The upper layer is $z_2$: of the groups that the section counts from the top it is the first, and $z_1$ the second.
+# In [Evaluation](../evaluation.ipynb) and [Compression](../compression.ipynb) the two layers are called $h_2$ and $h_1$.
 # $N$ is the number of images, $L_1$ and $L_2$ the sizes of the layers, $K$ the number of draws; the unit is the nat.
 # 100 points: 84 by tests, 16 by hand.
 

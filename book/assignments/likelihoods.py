@@ -113,8 +113,9 @@ print(verdicts["gaussian"])
 # ### Question: which Gaussian is "MSE"? (8 points)
 #
 # A fellow student minimizes the *mean* of the squared errors over the $D = 3072$ numbers of an image, plus the KL in nats.
-# Of which Gaussian is this the log-likelihood, up to a constant and a factor?
-# Let the decoder be linear. Around the mean image of CIFAR-10 the root mean squared error is about 0.5: show that at this scale every unit of the code falls silent, whatever the single eigenvalues are.
+# Of which Gaussian is this the log-likelihood, up to a constant?
+# Let the decoder be linear.
+# Around the mean image of CIFAR-10 the root mean squared error is about 0.5: show that at this scale every unit of the code falls silent, whatever the single eigenvalues are.
 # What does such a decoder answer, and what changes if $\sigma$ is set to the value of part 1?
 # Three to five sentences.
 
