@@ -298,6 +298,13 @@ def test_the_instructor_s_copy_earns_full_marks(of):
     assert [row["task"] for row in report["tasks"] if row["points"] is None] == OF_ALL[of]
 
 
+def test_the_report_says_of_an_extra_task_whether_it_passed_and_counts_it_for_nothing():
+    assert "\n    extra  quantize        passed: " in assignment.told(full_marks("hierarchy"))
+    report = assignment.grade(solved("hierarchy", quantize="def quantize(*of):\n    pass"), execute, source("hierarchy"))
+    assert (list(lost(report)), report["points"], report["of"]) == (["quantize"], 84, 100)
+    assert "\n    extra  quantize        not yet" in assignment.told(report)
+
+
 @every
 def test_of_a_submission_that_is_all_stubs_every_task_says_so_and_its_cells_say_which_assignment_it_is(of):
     notebook = assignment.student_notebook(source(of))

@@ -243,7 +243,8 @@ def told(report):
     lines = []
     for row in report["tasks"]:
         points = "?" if row["points"] is None else row["points"]
-        lines.append(f"{points:>3} of {row['of']:>2}  {row['task']:15} {row['message']}")
+        worth = f"{points:>3} of {row['of']:>2}" if row["of"] else "    extra"
+        lines.append(f"{worth}  {row['task']:15} {row['message']}")
     by_hand = f", and up to {report['by_hand']} by hand" if report["by_hand"] else ""
     return "\n".join(
         [*lines, f"{report['points']} of {report['of']} points{by_hand}", *(f"note: {note}" for note in report["notes"])]
