@@ -25,7 +25,8 @@ OF_ALL = {
 }
 ESSAYS = OF_ALL["vae"]
 PARTS = {"vae": "eight", "likelihoods": "seven", "evaluation": "eight", "hierarchy": "six"}
-STUBS = {"vae": 11, "likelihoods": 10, "evaluation": 10, "hierarchy": 9}  # a class has several methods
+STUBS = {"vae": 11, "likelihoods": 10, "evaluation": 10, "hierarchy": 10}  # a class has several methods
+EXTRAS = {"vae": [], "likelihoods": [], "evaluation": [], "hierarchy": ["quantize"]}  # of 0 points
 TABLES = {
     "kl": checks.KL_MISTAKES,
     "reparameterize": checks.REPARAMETERIZE_MISTAKES,
@@ -49,6 +50,7 @@ LATER = {  # of the assignments after the first: task -> table
     "layered_elbo": checks.LAYERED_ELBO_MISTAKES,
     "layered_evidence": checks.LAYERED_EVIDENCE_MISTAKES,
     "ancestral": checks.ANCESTRAL_MISTAKES,
+    "quantize": checks.VQ_MISTAKES,
 }
 
 
@@ -95,8 +97,8 @@ def answer(name, of="vae"):
 
 
 def lost(report):
-    """The tasks without their points, and what the grader says of each."""
-    return {row["task"]: row["message"] for row in report["tasks"] if row["points"] == 0}
+    """The tasks without their points, or failed where there are none to win, and what the grader says of each."""
+    return {row["task"]: row["message"] for row in report["tasks"] if row["points"] == 0 and not row.get("passed")}
 
 
 @functools.cache
@@ -155,7 +157,7 @@ def test_the_student_s_notebook_holds_no_line_of_a_solution_and_no_note_for_teac
         solutions += 1
         assert not [line for line in lines if line.strip() not in ("", ")") and line.strip() in text]
     assert solutions == len(tasks) + len(OF_ALL[of])
-    assert len(tasks) == {"six": 6, "seven": 7, "eight": 8}[PARTS[of]]
+    assert len(tasks) == {"six": 6, "seven": 7, "eight": 8}[PARTS[of]] + len(EXTRAS[of])
     assert not re.search("BEGIN|END SOLUTION|For teachers|ruff", text)
     assert text.count("raise NotImplementedError()") == STUBS[of] + 1  # the introduction names the stub
 
@@ -168,6 +170,51 @@ def test_an_assignment_begins_with_what_it_needs_and_its_hours_which_the_guide_r
     guide = (ROOT / "book" / "teaching.md").read_text()
     assert re.search(rf"\| \[\]\(assignments/{of}-assignment\.ipynb\) \|.*\| {hours} \| 84 \+ 16 \|", guide)
     assert f"assignments/{of}-assignment" in (ROOT / "book" / "_toc.yml").read_text()
+
+
+def headings(name):
+    return {line.lstrip("# ") for cell in chapter(name).cells for line in cell.source.splitlines() if re.match("##+ ", line)}
+
+
+def sections_named(line):
+    """The sections that a line of text names in quotes, and those of the chapters that it links to."""
+    return set(re.findall('"([^"]+)"', line)), set().union(*map(headings, linked(line)))
+
+
+def linked(line):
+    return [name for name in re.findall(r"([\w-]+)\.ipynb\)", line) if not name.endswith("-assignment")]
+
+
+@every
+def test_the_sections_that_an_assignment_needs_are_headings_of_the_chapters_that_it_links_to(of):
+    first = assignment.student_notebook(source(of)).cells[0].source
+    needs = first.partition("**Needs.**")[2].partition("**Hours.**")[0]
+    named, there = sections_named(needs)
+    assert named <= there
+
+
+def test_the_guide_names_sections_exercises_and_objectives_that_the_chapters_have():
+    guide = (ROOT / "book" / "teaching.md").read_text(encoding="utf-8")
+    sessions = re.findall(r"^\| \d+ \| \[\]\(.*$", guide, re.MULTILINE)
+    assert len(sessions) == 15
+    for line in sessions:
+        named, there = sections_named(line.split("|")[2])
+        assert named <= there
+    contents = (ROOT / "book" / "_toc.yml").read_text(encoding="utf-8")
+    table, of = {}, None
+    for line in guide.partition("## Objectives and exercises")[2].partition("##")[0].splitlines():
+        cells = line.split(" | ")
+        if len(cells) == 3 and cells[1] not in ("after it you can", "---"):
+            of = (linked(line) or [of])[0] if cells[0] != "|" else of
+            table[of] = table.get(of, 0) + 1
+    for name in table:
+        assert f"file: {name}\n" in contents
+    for name in re.findall(r"file: ([\w-]+)\n", contents.partition("numbered: true")[2].partition("caption:")[0]):
+        text = "\n".join(cell.source for cell in chapter(name).cells)
+        objectives = text.partition("**Objectives.**")[2].partition("**Prerequisites.**")[0]
+        assert table[name] == objectives.count("\n- ")
+        for label in re.findall(r"^:label: (ex-[\w-]+)$", text, re.MULTILINE):
+            assert f"`{label}`" in guide
 
 
 @every
@@ -199,7 +246,8 @@ def test_the_metadata_are_nbgrader_s_schema_3(of):
             "cell_type": str, "grade": bool, "grade_id": str, "locked": bool, "schema_version": int, "solution": bool, "task": bool,
         }  # fmt: skip
         assert (fields["cell_type"], fields["grade_id"], fields["schema_version"]) == (cell.cell_type, cell.id, 3)
-        assert (isinstance(points, int) and points > 0) if fields["grade"] else points is None
+        extra = cell.id.removesuffix("-test") in EXTRAS[of]
+        assert (isinstance(points, int) and (points == 0 if extra else points > 0)) if fields["grade"] else points is None
         assert fields["solution"] != fields["locked"]  # what students write is open, all else of these is not
         assert (cell.cell_type == "markdown") == (fields["grade"] and fields["solution"])
         assert cell.metadata.get("editable", True) != fields["locked"]
@@ -248,6 +296,13 @@ def test_the_instructor_s_copy_earns_full_marks(of):
     assert lost(report) == {}
     assert all(row["message"].startswith("passed: ") for row in report["tasks"] if row["points"])
     assert [row["task"] for row in report["tasks"] if row["points"] is None] == OF_ALL[of]
+
+
+def test_the_report_says_of_an_extra_task_whether_it_passed_and_counts_it_for_nothing():
+    assert "\n    extra  quantize        passed: " in assignment.told(full_marks("hierarchy"))
+    report = assignment.grade(solved("hierarchy", quantize="def quantize(*of):\n    pass"), execute, source("hierarchy"))
+    assert (list(lost(report)), report["points"], report["of"]) == (["quantize"], 84, 100)
+    assert "\n    extra  quantize        not yet" in assignment.told(report)
 
 
 @every
@@ -430,6 +485,10 @@ WRITTEN_LATER = [
     ("hierarchy", "ancestral", "mean-decoded", "mean + (log_var / 2).exp() * eps1", "mean"),
     ("hierarchy", "ancestral", "variance", "(log_var / 2).exp()", "log_var.exp()"),
     ("hierarchy", "ancestral", "top-mean", "model.prior1(eps2)", "model.prior1(0 * eps2)"),
+    ("hierarchy", "quantize", "inner-product", "codes.square().sum(1) - 2 * output", "-output"),
+    ("hierarchy", "quantize", "no-straight-through", "output + (chosen - output).detach()", "chosen.detach()"),
+    ("hierarchy", "quantize", "no-stop-commitment", "(output - chosen.detach())", "(output - chosen)"),
+    ("hierarchy", "quantize", "beta-on-codebook", "pull + beta * commitment", "beta * pull + commitment"),
 ]
 
 

@@ -201,7 +201,7 @@ def message_of(cell, passed):
 def grade(submission, execute, path=SOURCE):
     """Points and messages, task by task, as JSON has them; `execute` runs a notebook and gives the places of the cells that passed.
 
-    An essay that is answered has points None: they are given by hand.
+    An essay that is answered has points None: they are given by hand. An extra task is one of 0 points: `passed` says how it went.
     """
     notebook, notes = restored(submission, path)
     ended = execute(notebook)
@@ -214,7 +214,8 @@ def grade(submission, execute, path=SOURCE):
         row = {"task": options.get(role), "points": 0, "of": options.get("points")}
         if role == "test":
             passed = places[cell.id] in ended
-            row.update(points=row["of"] if passed else 0, message=message_of(notebook.cells[places[cell.id]], passed))
+            message = message_of(notebook.cells[places[cell.id]], passed)
+            row.update(points=row["of"] if passed else 0, passed=passed, message=message)
         elif role == "essay":
             text = written.get(cell.id, "").strip()
             answered = text not in ("", STUBS["markdown"])
@@ -242,7 +243,8 @@ def told(report):
     lines = []
     for row in report["tasks"]:
         points = "?" if row["points"] is None else row["points"]
-        lines.append(f"{points:>3} of {row['of']:>2}  {row['task']:15} {row['message']}")
+        worth = f"{points:>3} of {row['of']:>2}" if row["of"] else "    extra"
+        lines.append(f"{worth}  {row['task']:15} {row['message']}")
     by_hand = f", and up to {report['by_hand']} by hand" if report["by_hand"] else ""
     return "\n".join(
         [*lines, f"{report['points']} of {report['of']} points{by_hand}", *(f"note: {note}" for note in report["notes"])]

@@ -9,7 +9,9 @@
 # You write what it takes to say how good a VAE is: importance weights and the bound that they give, how many draws count, an estimate of $\log p(x)$ that is held against the truth, and its standard error; then a prior and a posterior beyond the plain Gaussian.
 # At the end your prior trains with a model of handwritten digits, and your estimate judges it.
 #
-# **Needs.** The chapters [ELBO](../elbo.ipynb) and [Evaluation](../evaluation.ipynb), to "The estimator where the truth is known"; of the first assignment the parts 1 to 3 and 5, or what they teach.
+# **Needs.** The chapters [ELBO](../elbo.ipynb) and [Evaluation](../evaluation.ipynb), to the end of "The estimator where the truth is known"; of the first assignment the parts 1 to 3 and 5, or what they teach.
+# What a learned prior such as that of part 7 can gain is the matter of [Codes](../codes.ipynb), "A better prior is a lower rate", which nothing here asks for.
+# Parts 1, 2, 3 and 5 are as in the exercises of the two chapters, and `sample` of part 8 as in "Richer posteriors": write them without looking, and look after you have asked the checker.
 # **Hours.** About 6: an estimate, for it was not tried with a class.
 #
 # - Replace each `raise NotImplementedError()` with your code, and each `YOUR ANSWER HERE` with your words.
@@ -106,15 +108,19 @@ print(verdicts["bound"])
 # ### Question: the sign of the error (8 points)
 #
 # $\frac1K \sum_k w_k$ is right on average at every $K$.
-# On which side of $\log p(x)$ does $\mathrm{IW}_K$ lie on average, why, and what happens as $K$ grows?
-# One seed of $K = 5000$ gives a number *above* that of $10^6$ draws together: how can that be, and what would you look at?
+# On which side of $\log p(x)$ does $\mathrm{IW}_K$ lie on average, and why?
+# You have ten seeds of $K = 5000$ draws for one image.
+# A colleague reports the *mean* of the ten $\mathrm{IW}_{5000}$, you the $\mathrm{IW}_{50000}$ of all draws together.
+# Which of the two is higher, and is it so for any weights?
+# Which lies closer to $\log p(x)$ on average?
+# One of the ten lies two nats *above* your number: how can that be, what would you look at, and why can none lie three nats above?
 # Three to five sentences.
 
 # %% [markdown] essay="sign-of-the-error" points=8
-# The logarithm is concave, so by Jensen's inequality the mean of the log lies below the log of the mean: $\mathrm{IW}_K$ is low on average. (2 points)
-# It rises with $K$ towards $\log p(x)$, and the shortfall is about half the variance of the mean weight over the square of $p(x)$, so of the order $1/K$ where that variance is finite. (2 points)
-# Low on average does not mean low at each seed: one draw with a huge weight lifts an estimate above the truth. (2 points)
-# The effective sample size tells: near 1, one draw has all of the weight, and another seed would give another number. (2 points)
+# The logarithm is concave, so by Jensen's inequality the mean of the log lies at or below the log of the mean: $\mathrm{IW}_K$ is low on average. (2 points)
+# The same inequality over the ten seeds: all draws together give the log of the mean of ten mean weights, the colleague the mean of their logs, which is never higher, whatever the weights are. (2 points)
+# The mean of ten has less noise but the shortfall of 5000 draws; that of 50000 is smaller, so the higher number lies closer on average. (2 points)
+# One draw with a huge weight lifts its seed, and an effective sample size near 1 tells; but a seed has a tenth of all draws, so its mean weight is at most ten times that of all, and it lies at most $\log 10 = 2.3$ nats above. (2 points)
 
 # %% [markdown]
 # ## 3. How many draws count (10 points)
@@ -210,14 +216,14 @@ print(verdicts["standard_error"])
 # ### Question: which model is better? (8 points)
 #
 # Model A has $-87.3 \pm 0.6$ nats on 10000 test images and model B $-86.9 \pm 0.6$; the numbers after $\pm$ are standard errors over the images.
-# May the report call B better?
-# Which standard error answers that, and how is it computed from the same estimates?
-# What does neither of them contain?
+# Over the images the two estimates have the correlation 0.99.
+# What is the standard error of the mean difference, and may the report call B better on such images?
+# What does that standard error not contain?
 # Three to five sentences.
 
 # %% [markdown] essay="which-is-better" points=8
-# Not by these numbers, and not against them: the two errors come from the same images, most of which are hard, or easy, for both models. (2 points)
-# Take the difference of the two estimates image by image; the standard error of *its* mean is much smaller, and says whether B is better on such images. (2 points)
+# The difference is taken image by image, and the squared standard error of its mean is $0.6^2 + 0.6^2 - 2 \cdot 0.99 \cdot 0.6^2 = 0.0072$, so the error is 0.085 nats. (2 points)
+# The 0.4 nats between the two are almost five times that, so B scores better on such images; the 0.6 of each model contain mostly how hard the images are, which is the same for both. (2 points)
 # It compares two sets of weights, not two methods: another seed of the training moves each mean too, so several trainings of each are needed. (2 points)
 # Nor does it contain the bias of the estimates: with few draws both are low, and perhaps not by the same amount. (2 points)
 
@@ -262,10 +268,10 @@ print(verdicts["log_likelihood"])
 # %% [markdown]
 # ## 7. A prior that is a mixture (12 points)
 #
-# A prior of $M$ Gaussians, each with a mean and a log-variance of its own, and weights $\pi_m$, the softmax of logits:
+# A prior of $J$ Gaussians, each with a mean and a log-variance of its own, and weights $\pi_j$, the softmax of logits:
 #
 # $$
-# p(z) = \sum_{m=1}^{M} \pi_m \, \mathcal N\!\left(z;\, \mu_m, \operatorname{diag} s_m^2 \right) .
+# p(z) = \sum_{j=1}^{J} \pi_j \, \mathcal N\!\left(z;\, \mu_j, \operatorname{diag} s_j^2 \right) .
 # $$
 #
 # `log_prob(z)` takes $(K, N, L)$ and gives $(K, N)$, nats; `sample(num, generator)` gives draws, $(\text{num}, L)$, all of whose random numbers come from the generator.
@@ -332,6 +338,7 @@ print(verdicts["mixture_prior"])
 # $$
 #
 # `sample(eps)` takes $(K, N, L)$ and gives the same shape; `log_prob(z)` gives $(K, N)$, nats.
+# The chapter hands the density to `torch.distributions`; here it is yours.
 # To get $\varepsilon$ back from $z$, solve $A \varepsilon = z - \mu$: `torch.linalg.solve_triangular` takes columns.
 
 # %% answer="full_posterior" without="vaelib distributions"

@@ -9,7 +9,8 @@
 # You write what a VAE of colour images needs: the scale of a Gaussian, a likelihood over the 256 levels of a stored pixel, its mean and its draws, bits per dimension, and two convolutional networks.
 # Then your parts train together on small coloured images.
 #
-# **Needs.** The chapters [ELBO](../elbo.ipynb) and [CIFAR-10](../cifar-conv.ipynb); of the first assignment the parts 1 to 3, or what they teach.
+# **Needs.** The chapters [ELBO](../elbo.ipynb) and [CIFAR-10](../cifar-conv.ipynb), to the end of "What linear theory predicts: silent units"; of the first assignment the parts 1 to 3, or what they teach.
+# Part 1 is as in the second of these chapters and part 4 as in the first: write them without looking.
 # **Hours.** About 7: an estimate, for it was not tried with a class.
 #
 # - Replace each `raise NotImplementedError()` with your code, and each `YOUR ANSWER HERE` with your words.
@@ -72,15 +73,15 @@ print(verdicts["optimal_scale"])
 # %% [markdown]
 # ## 2. A Gaussian with a learned scale (10 points)
 #
-# Let the decoder say the scale of each number, by its logarithm:
+# In the chapters one $\sigma$ serves all numbers; let the decoder say the scale $\sigma_d$ of each, by its logarithm:
 #
 # $$
-# \log p(x) = \sum_{d=1}^{D} \left[ -\frac{(x_d - m_d)^2}{2 s_d^2} - \log s_d - \frac12 \log 2\pi \right] .
+# \log p(x) = \sum_{d=1}^{D} \left[ -\frac{(x_d - m_d)^2}{2 \sigma_d^2} - \log \sigma_d - \frac12 \log 2\pi \right] .
 # $$
 #
 # This is a density: it is integrated over real $x$, and no probability of a stored level.
 #
-# In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $m$, then all $\log s$.
+# In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $m$, then all $\log \sigma$.
 # Out: one number for each image, $(N,)$, nats.
 
 # %% answer="gaussian" without="vaelib"
@@ -113,14 +114,16 @@ print(verdicts["gaussian"])
 #
 # A fellow student minimizes the *mean* of the squared errors over the $D = 3072$ numbers of an image, plus the KL in nats.
 # Of which Gaussian is this the log-likelihood, up to a constant?
-# What does it do to the code, and what changes if $\sigma$ is learned, or set to the value of part 1?
+# Let the decoder be linear.
+# Around the mean image of CIFAR-10 the root mean squared error is about 0.5: show that at this scale every unit of the code falls silent, whatever the single eigenvalues are.
+# What does such a decoder answer, and what changes if $\sigma$ is set to the value of part 1?
 # Three to five sentences.
 
 # %% [markdown] essay="which-mse" points=8
-# Minus the log-density of a Gaussian is the squared error over $2\sigma^2$, plus $\log\sigma$ and a constant for each number. (2 points)
-# The mean is the sum divided by 3072, so $2\sigma^2 = 3072$ and $\sigma \approx 39$, on a scale where $x$ lies in $[-1, 1]$. (2 points)
-# With such a scale hardly any error costs a nat, so no latent pays for its KL: the posterior collapses to the prior, and the decoder gives the mean image. (2 points)
-# With the best $\sigma$, near 0.1 or below, the same error costs some ten thousand times as much, and the code is used again; the term $\log\sigma$ keeps $\sigma$ from growing. (2 points)
+# Minus the log-density of a Gaussian holds the squared error over $2\sigma^2$, and the mean is the sum divided by 3072, so $2\sigma^2 = 3072$, $\sigma^2 = 1536$ and $\sigma \approx 39$. (2 points)
+# A unit of a linear decoder speaks only if its eigenvalue exceeds $\sigma^2$; all eigenvalues of the covariance add up to $3072 \cdot 0.5^2 = 768$, so the largest is at most 768 and none reaches 1536. (2 points)
+# The posterior is then the prior for every image, and the decoder gives each the mean image. (2 points)
+# With $\sigma = 0.5$ the same error costs 6144 times as much, and every direction with an eigenvalue above 0.25 speaks; as the means improve, the best $\sigma$ falls further and wakes others. (2 points)
 
 # %% [markdown]
 # ## 3. A likelihood of levels (18 points)
@@ -132,7 +135,7 @@ print(verdicts["gaussian"])
 # F(t) = \begin{cases} \frac12 e^{t} & t < 0 \\ 1 - \frac12 e^{-t} & t \ge 0 , \end{cases}
 # $$
 #
-# and with $a = (x - \frac{1}{255} - m) / s$ and $b = (x + \frac{1}{255} - m) / s$
+# and with $a = (x - \frac{1}{255} - m) / \sigma$ and $b = (x + \frac{1}{255} - m) / \sigma$
 #
 # $$
 # \log p(x) = \sum_{d=1}^{D} \log \left[ F(b_d) - F(a_d) \right] ,
@@ -149,9 +152,9 @@ print(verdicts["gaussian"])
 # \end{cases}
 # $$
 #
-# In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $m$, then all $\log s$.
+# In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $m$, then all $\log \sigma$.
 # Out: one number for each image, $(N,)$, nats, finite also where a parameter is $\pm 30$, and so is its gradient.
-# Helpful: `torch.expm1`, and $b - a = \frac{2}{255\, s}$ computed directly.
+# Helpful: `torch.expm1`, and $b - a = \frac{2}{255\, \sigma}$ computed directly.
 # `torch.where` computes both of its branches, and a gradient of infinity times zero is NaN: clamp what a branch is not meant for.
 
 # %% answer="laplace" without="vaelib"
@@ -244,7 +247,7 @@ print(verdicts["bits_per_dim"])
 # Then
 #
 # $$
-# \mathbb E[x] = -1 + \frac{2}{255} \sum_{k=1}^{255} P(y > e_k), \qquad P(y > e) = 1 - F\!\left( \frac{e - m}{s} \right) ,
+# \mathbb E[x] = -1 + \frac{2}{255} \sum_{k=1}^{255} P(y > e_k), \qquad P(y > e) = 1 - F\!\left( \frac{e - m}{\sigma} \right) ,
 # $$
 #
 # with $F$ of part 3.
@@ -277,7 +280,7 @@ print(verdicts["level_mean"])
 # A uniform number $u$ becomes a draw of the Laplace density through the inverse of $F$,
 #
 # $$
-# y = m + s\, F^{-1}(u), \qquad F^{-1}(u) = -\operatorname{sign}(v) \log \left( 1 - 2 |v| \right), \quad v = u - \tfrac12 ,
+# y = m + \sigma\, F^{-1}(u), \qquad F^{-1}(u) = -\operatorname{sign}(v) \log \left( 1 - 2 |v| \right), \quad v = u - \tfrac12 ,
 # $$
 #
 # and $y$ becomes a level: the nearest one, which is an end where $y$ lies beyond it.
@@ -307,17 +310,18 @@ print(verdicts["level_draw"])
 # %% [markdown]
 # ### Question: a mean or a draw? (8 points)
 #
-# One report shows $\mathbb E[x \mid z]$ as its reconstructions, another a draw of $p(x \mid z)$.
-# The first are blurred, the second are sharp but full of coloured noise.
-# Why is each as it is?
-# Which of the two says what the model believes, and what would have to change for a draw to look like a photograph?
+# Two models with one scale for each number are scored on the same test images.
+# The mean squared error of their means is 0.020 for both; that of a draw is 0.040 for model A and 0.025 for model B.
+# What does each say of its spread, and by which factor is a scale wrong?
+# Whose bits per dimension do you expect to be fewer, and whose draws look less noisy?
+# What would have to change for a draw to look like a photograph?
 # Three to five sentences.
 
 # %% [markdown] essay="mean-or-draw" points=8
-# The mean averages over all images that the model holds possible given $z$: where it does not know the place of an edge, the mean lies between both sides. (2 points)
-# A draw takes the level of each pixel, and of each channel, independently of the others given $z$, so what the model is unsure of becomes noise. (2 points)
-# Both belong to one distribution, and the draw is the honest picture of it: it shows the spread which the mean hides. (2 points)
-# The noise goes where the pixels depend on each other given $z$, or where more latents carry what is unsure, as in a map of codes, a hierarchy or an autoregressive decoder. (2 points)
+# The error of a draw is that of the mean plus the variance that the model states: A states 0.020, which is right, and B 0.005, a quarter, so that its scales are half as large as they should be. (2 points)
+# The means are equally good, and the log-likelihood is highest, for given means, at the scale of their errors, so A should need fewer bits. (2 points)
+# B's draws look less noisy, because it states less spread than there is; the cleaner picture comes from the worse statement. (2 points)
+# Given $z$ each number is drawn by itself; the noise goes where the pixels depend on each other given $z$, or where more latents carry what is unsure, as in a map of codes, a hierarchy or an autoregressive decoder. (2 points)
 
 # %% [markdown]
 # ## 7. Convolutional networks (18 points)
@@ -325,7 +329,7 @@ print(verdicts["level_draw"])
 # The two networks of a VAE of colour images:
 #
 # $$
-# x \mapsto \big( \mu(x),\; \log s^2(x) \big), \qquad z \mapsto \big( m(z),\; \log s(z) \big) .
+# x \mapsto \big( \mu(x),\; \log s^2(x) \big), \qquad z \mapsto \big( m(z),\; \log \sigma(z) \big) .
 # $$
 #
 # The encoder takes $(N, C, H, W)$ and gives `mean` and `log_var`, each $(N, L)$.

@@ -15,6 +15,7 @@
 # - `answer="NAME" without="WORDS"`: what stands between the markers is the solution.
 #   The grader says so where an answer holds one of the words, or calls the checkers; it takes no points for it.
 # - `test="NAME" points=8`: passes or raises. Hidden tests, between nbgrader's markers, stay out of the students' notebook.
+#   With 0 points it is the test of an extra task.
 # - `essay="NAME" points=8`: a model answer to a question; the points are given by hand.
 # - `teacher="NAME"`: in no notebook.
 # - with none of these: the same for all.
@@ -29,7 +30,8 @@
 # You write the eight parts of a VAE, and two short answers.
 # Then your parts train together on handwritten digits.
 #
-# **Needs.** The chapters [ELBO](../elbo.ipynb), which has the mathematics of the parts, and [MNIST](../mnist-mlp.ipynb), which has what the question on silent latents needs; part 8 stands on its own.
+# **Needs.** The chapters [ELBO](../elbo.ipynb), which has the mathematics of parts 1 to 5, and [MNIST](../mnist-mlp.ipynb), whose section "A VAE from nothing but torch" has the networks and the step of parts 6 and 7, and whose section "How large should the code be?" has what the question on silent latents needs; part 8 stands on its own.
+# Parts 1, 2, 3, 5 and 7 are as in these chapters, or in their exercises: write them without looking, and look after you have asked the checker.
 # **Hours.** About 6: an estimate, for it was not tried with a class.
 #
 # - Replace each `raise NotImplementedError()` with your code, and each `YOUR ANSWER HERE` with your words.
@@ -170,15 +172,15 @@ print(verdicts["elbo"])
 # ## 4. The likelihood of stored pixels (12 points)
 #
 # Grey pixels are stored on 256 levels; here they are spread evenly over $[-1, 1]$, so that neighbours lie $\frac{2}{255}$ apart.
-# The discretized logistic gives each level the mass of a logistic density, of location $m$ and scale $s$, between
-# $a = (x - \frac{1}{255} - m) / s$ and $b = (x + \frac{1}{255} - m) / s$:
+# The discretized logistic gives each level the mass of a logistic density, of location $m$ and scale $\sigma$, between
+# $a = (x - \frac{1}{255} - m) / \sigma$ and $b = (x + \frac{1}{255} - m) / \sigma$:
 #
 # $$
 # \log p(x) = \sum_{d} \log \big[ \operatorname{sigmoid}(b_d) - \operatorname{sigmoid}(a_d) \big] ,
 # $$
 #
 # but the lowest level reaches down to $a = -\infty$ and the highest up to $b = \infty$.
-# Written so, the difference rounds to 0 when $m$ is far from $x$.
+# Written so, as in the chapter, the difference rounds to 0 when $m$ is far from $x$.
 # This form does not:
 #
 # $$
@@ -189,9 +191,9 @@ print(verdicts["elbo"])
 # \end{aligned}
 # $$
 #
-# In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $m$, then all $\log s$.
+# In: `x`, $(N, C, H, W)$; `params`, $(N, 2C, H, W)$: all $m$, then all $\log \sigma$.
 # Out: one number for each image, $(N,)$, nats, finite also where a parameter is $\pm 30$.
-# Helpful: `F.logsigmoid`, `torch.expm1`, and $b - a = \frac{2}{255\, s}$ computed directly.
+# Helpful: `F.logsigmoid`, `torch.expm1`, and $b - a = \frac{2}{255\, \sigma}$ computed directly.
 
 # %% answer="likelihood" without="vaelib"
 class Likelihood:
@@ -315,13 +317,14 @@ print(verdicts["networks"])
 # ### Question: silent latents (8 points)
 #
 # You train a VAE with 20 latents.
-# At the end the KL of 14 of them is 0.00 nats for every image.
+# At the end the KL of 14 of them is 0.00 nats for every image, rounded to two decimals.
+# Can one of the 14 still count as active, by the variance of its mean and the threshold of the chapter?
 # What would happen to the ELBO and to the reconstructions if you removed these 14 latents and changed nothing else?
 # Is it an error in the code?
 # Three to five sentences.
 
 # %% [markdown] essay="silent-latents" points=8
-# A KL of 0 says that $q(z_j \mid x)$ is the prior whatever the image is: the unit carries no information about it. (2 points)
+# No: a KL is at least $\mu^2 / 2$, since $s^2 - 1 - \log s^2$ is never negative; below 0.005 it leaves $\mu^2$ below 0.01 for every image, and so the variance of the mean, which the threshold of 0.01 asks for. (2 points)
 # The decoder sees pure noise there and has learned to ignore it, so reconstructions stay as they are. (2 points)
 # The ELBO stays too: the unit's rate is 0, and its noise does not help the likelihood. (2 points)
 # It is no error: a unit is switched off where what it could tell about the image costs more nats than it gains. (2 points)
