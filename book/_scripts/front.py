@@ -59,6 +59,7 @@ CHAPTERS = {  # the chapter, its name on the map, its first and its last step
     "generation": ("Generation", 4, 4),
     "retrieval": ("Retrieval", 5, 5),
     "evaluation": ("Evaluation", 6, 6),
+    "uses": ("Uses and failures", 6, 6),
     "mistakes": ("Mistakes", 7, 7),
     "on-a-gpu": ("On a GPU", 3, 3),
     "compression": ("Compression", 6, 6),
@@ -69,6 +70,7 @@ CHAPTERS = {  # the chapter, its name on the map, its first and its last step
 LANES = {
     "cifar-conv": 30,
     "on-a-gpu": 60,
+    "uses": 60,
     "compression": 30,
     "codes": 30,
     "modern": 30,
