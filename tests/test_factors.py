@@ -1,6 +1,9 @@
 """The mutual information gap: each number against an answer found in another way."""
 
+import importlib.util
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
 import vaelib
 from vaelib.factors import binned, entropy_of, information_of, joint_counts, mutual_information_gap, sampled_codes
 
+ROOT = Path(__file__).parent.parent
 COUNT = 20000
 
 
@@ -200,3 +204,35 @@ GOOD = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))
 def test_bad_input_is_refused_by_name(codes, factors, options, message):
     with pytest.raises(ValueError, match=message):
         mutual_information_gap(codes, factors, **options)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("factors_rows", ROOT / "book" / "_scripts" / "factors_rows.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_row_is_of_one_training_and_scores_the_test_images(script):
+    images, test = script.halved("train"), script.halved("test")
+    assert images.image_shape == (3, 16, 16)
+    found = script.vae_row(4, 0, images[:512], test, epochs=1)
+    assert len(found["information"]) == len(found["rate_of_units"]) == script.LATENTS
+    assert sum(found["rate_of_units"]) == pytest.approx(found["rate"], rel=1e-3)
+    again = mutual_information_gap(sampled_codes(script.trained(4, 0, images[:512], 1), test), test.factors)
+    assert again.gap == pytest.approx(found["gap"], abs=1e-6)
+
+
+def test_how_often_one_training_is_ahead_of_another(script):
+    assert script.won([1.0, 2.0], [0.0, 1.5]) == 0.75
+    assert script.won([1.0], [1.0]) == 0.5
+    assert script.ranks([3.0, 1.0, 2.0]).tolist() == [2, 0, 1]
+
+
+def test_the_ledger_has_every_row_and_its_summary_is_of_them(script):
+    made = json.loads(script.LEDGER.read_text())
+    assert set(made) == {*script.ROWS, "summary"}
+    again = script.summary(made)
+    assert json.loads(json.dumps(again)) == made["summary"]["metrics"]
+    assert {name: made[name]["metrics"]["epochs"] for name in script.VAES} == dict.fromkeys(script.VAES, script.EPOCHS)

@@ -148,9 +148,13 @@ def summary(done):
         },
         # of the variance of the gap over betas and seeds together: that of the seeds, and that of the means of the betas without it
         "share_of_the_seed": noise / (noise + max(0.0, between - noise / len(SEEDS))),
-        "draws": spread([abs(row["gap"] - row["gap_of_other_draws"]) for rows in list(kinds.values())[:-1] for row in rows]),
-        "hardest": min(row["gap"] for row in each),
-        "best": max(row["gap"] for row in each),
+        "moved_by_other_draws": spread(
+            [abs(row["gap"] - row["gap_of_other_draws"]) for rows in list(kinds.values())[:-1] for row in rows]
+        ),
+        "lowest": min(row["gap"] for row in each),
+        "highest": max(row["gap"] for row in each),
+        "trainings": len(each),
+        "below_pca": sum(row["gap"] < done["pca"]["metrics"]["gap"] for row in each),
         "pca": done["pca"]["metrics"]["gap"],
         "factors": done["factors"]["metrics"]["gap"],
         "turned": done["turned"]["metrics"]["gap"],
