@@ -19,7 +19,7 @@ RENDER = $(BIN)/jupyter-book build book --config _config.yml --path-output . -W 
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows vq-rows uses-rows gpu features setup test test-unit test-notebooks test-real test-book book book-sphinx execute equations mutants lint benchmark clean diffusion-rows
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows vq-rows uses-rows gpu features setup test test-unit test-notebooks test-real test-book book book-sphinx execute equations mutants lint benchmark clean diffusion-rows factors-rows
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -98,6 +98,10 @@ gan-rows: $(READY) ## the GAN and the second stages of the chapter on generation
 
 vq-rows: $(READY) ## codes and learned priors of the chapter `codes`, on a GPU where there is one
 	$(BIN)/python book/_scripts/vq_rows.py
+
+factors-rows: $(READY) ## the codes whose factors the chapter `uses` looks for
+	$(ONE_THREAD) $(BIN)/python book/_scripts/factors_rows.py
+
 diffusion-rows: $(READY) ## priors by diffusion on the codes of MNIST; with DIFFUSION=--gpu the rows for a GPU
 	$(ONE_THREAD) $(BIN)/python book/_scripts/diffusion_rows.py $(DIFFUSION)
 

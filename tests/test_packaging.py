@@ -107,7 +107,7 @@ ORDER = [
     *("_validation", "files", "data", "likelihoods", "objectives", "noise", "densities", "networks", "vae", "fixed"),
     *("heldout", "hierarchical", "conditional", "storage", "coding", "config", "checkpoints", "distributed"),
     *("graphs", "step", "training", "evaluation", "predictive"),
-    *("generation", "quantize", "priors", "diffusion", "retrieval", "quality", "checks", "book", "cli"),
+    *("generation", "quantize", "priors", "diffusion", "retrieval", "quality", "factors", "checks", "book", "cli"),
 ]
 
 

@@ -1,8 +1,8 @@
 """vaelib: variational autoencoders, small enough to read in an evening and tested against exact answers.
 
 The modules follow the book: `data`, `likelihoods`, `objectives`, `densities`, `networks`, `vae`, `hierarchical`, `conditional`, `training`,
-`evaluation`, `predictive`, `generation`, `priors`, `diffusion`, `retrieval`, `quality`. `book` serves its pages, `checks` its exercises,
-`cli` the command line.
+`evaluation`, `predictive`, `generation`, `priors`, `diffusion`, `retrieval`, `quality`, `factors`. `book` serves its pages, `checks` its
+exercises, `cli` the command line.
 """
 
 import importlib
@@ -112,6 +112,7 @@ __all__ = [
     "doubly_reparameterized_bound",
     "effective_sample_size",
     "evaluate",
+    "factors",
     "fit",
     "fit_code_prior",
     "free_bits_kl",
@@ -160,7 +161,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Modules that are imported when they are first used: matplotlib costs half a second."""
-    if name in ("priors", "diffusion", "quality", "checks", "cli"):
+    if name in ("priors", "diffusion", "quality", "factors", "checks", "cli"):
         return importlib.import_module(f"vaelib.{name}")
     if name in ("plotting", "tables", "widgets", "oracles", "ledger", "reproduce"):
         return importlib.import_module(f"vaelib.book.{name}")
