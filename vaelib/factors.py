@@ -120,11 +120,14 @@ def binned(values: Tensor, bins: int) -> Tensor:
     """The bin of each number of each column: (N, columns) -> int64 (columns, N). Equal numbers share a bin."""
 
     def cut(column: Tensor) -> Tensor:
+        place: Tensor
+        counts: Tensor
         _, place, counts = column.unique(return_inverse=True, return_counts=True)
         if len(counts) <= bins:
             return place
         twice_rank = 2 * counts.cumsum(0) - counts  # of each value, in the middle of its ties: 1, 3, 5, ... where there are none
-        return (bins * twice_rank // (2 * len(column)))[place]
+        of_value: Tensor = bins * twice_rank // (2 * len(column))
+        return of_value[place]
 
     return torch.stack([cut(column) for column in values.T])
 
@@ -139,7 +142,8 @@ def joint_counts(a: Tensor, b: Tensor, bins: int) -> Tensor:
 def entropy_of(counts: Tensor) -> Tensor:
     """The entropy of counts over their last axis, nats."""
     share = counts.double() / counts.sum(-1, keepdim=True)
-    return torch.special.entr(share).sum(-1)
+    entropy: Tensor = torch.special.entr(share).sum(-1)
+    return entropy
 
 
 def information_of(counts: Tensor) -> Tensor:

@@ -175,7 +175,8 @@ def main():
     for name in arguments.rows or [name for name in ROWS if arguments.again or name not in done]:
         began, seed = time.perf_counter(), VAES[name][1] if name in VAES else ICAS.get(name, 0)
         metrics = row(name, images, test)
-        done[name] = entry(f"python book/_scripts/factors_rows.py {name}", seed, time.perf_counter() - began, metrics)
+        seconds = max(0.1, time.perf_counter() - began)  # the ledger counts in tenths
+        done[name] = entry(f"python book/_scripts/factors_rows.py {name}", seed, seconds, metrics)
         write_text(LEDGER, json.dumps({key: done[key] for key in (*ROWS, "summary") if key in done}, indent=2) + "\n")
         print(f"{name:16} gap {metrics['gap']:.3f}, {done[name]['seconds']:.0f} s", flush=True)
     if set(ROWS) <= set(done):
