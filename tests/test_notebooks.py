@@ -299,7 +299,12 @@ def test_a_notebook_shows_no_markup_that_colab_does_not_know(name):
     assert re.findall(r"\{[a-z:-]+\}`|:::|<!--|^\(\S+\)=$|\{bibliography\}", text, re.MULTILINE) == []
     hidden = prose(name).count("{dropdown} Hint") + prose(name).count("{solution-start}")
     captions = len(re.findall(r"<summary>(?:Fig|Table)", text))  # of what a solution shows
-    assert text.count("<details>") == text.count("</details>") == hidden + captions
+    inside, continued = False, 0  # text of a solution after its first cell
+    for cell in chapter(name).cells:
+        begins, ends = "{solution-start}" in cell.source, "{solution-end}" in cell.source
+        continued += inside and cell.cell_type == "markdown" and not ends
+        inside = begins or (inside and not ends)
+    assert text.count("<details>") == text.count("</details>") == hidden + captions + continued
     assert re.findall(r"^\$\$.+$", text, re.MULTILINE) == []  # each stands on a line of its own
     code = [cell for cell in notebook_of(name).cells if cell.cell_type == "code"]
     assert all(cell.metadata.jupyter.source_hidden for cell in code if cell.source.startswith("# @title"))
