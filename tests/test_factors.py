@@ -12,6 +12,7 @@ from sklearn.metrics import adjusted_mutual_info_score, mutual_info_score
 
 import vaelib
 from vaelib.factors import binned, entropy_of, information_of, joint_counts, mutual_information_gap, sampled_codes
+from vaelib.priors import posterior_samples
 
 ROOT = Path(__file__).parent.parent
 COUNT = 20000
@@ -177,6 +178,24 @@ def test_codes_are_draws_of_q_that_belong_to_the_image():
     back = torch.arange(len(images) - 1, -1, -1)
     assert torch.allclose(sampled_codes(model, images[back], 100), codes[back], atol=1e-5)
     assert not torch.allclose(sampled_codes(model, images.pixels, seed=1), codes, atol=0.1)
+
+
+def test_codes_of_layers_are_drawn_from_the_top_down():
+    torch.manual_seed(0)
+    model = vaelib.hierarchical_vae((1, 8, 8), ((2, 1), (2, 1)), 8, 4, 1, "bernoulli")
+    pixels = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+    codes = sampled_codes(model, pixels)
+    path_of_means = vaelib.evaluation.posteriors(model, pixels).mean
+    assert torch.equal(codes, posterior_samples(model, pixels))
+    assert (codes - path_of_means).std() > 0.5
+
+
+def test_chance_that_is_as_large_as_the_information_can_be_gives_no_infinite_gap():
+    factors, codes = torch.tensor([[0], [1], [0], [1]]), torch.tensor([[0.0, 1.5], [1.0, -0.3], [0.0, -2.2], [1.0, 0.6]])
+    for seed in range(10):
+        found = mutual_information_gap(codes, factors, bins=2, shuffles=1, seed=seed)
+        assert math.isfinite(found.gap)
+        assert found.information.isfinite().all()
 
 
 GOOD = torch.rand(400, 2, generator=torch.Generator().manual_seed(0))

@@ -10,6 +10,7 @@ from vaelib.book.oracles import LinearGaussian, exact_vae
 from vaelib.book.strokes import changes, holes, ink, parts
 from vaelib.likelihoods import LIKELIHOODS, make_likelihood, nearest_level
 from vaelib.predictive import SeenPixels, fill_by_turns, impute, predictive_p_values, replicate, seeing
+from vaelib.priors import VampPrior
 
 
 def exact_case(num_images=4, scale=0.15, seed=0):
@@ -120,12 +121,128 @@ def test_the_pixels_of_every_likelihood_add_up_to_the_image(name):
         ({"rounds": 0}, "rounds"),
         ({"steps": -1}, "steps"),
         ({"x": torch.zeros(1, 1, 4, 5)}, "x"),
+        ({"x": torch.full((1, 1, 4, 4), math.nan)}, "x"),
+        ({"observed": [[True, False]]}, "observed"),
+        ({"observed": None}, "observed"),
+        ({"observed": torch.zeros(0, 1, 4, 4, dtype=torch.bool)}, "observed"),
+        ({"observed": torch.eye(4, dtype=torch.int64)[None, None]}, "observed"),
     ],
 )
 def test_what_cannot_be_filled_in_is_refused_by_name(change, name):
     model, _, x, observed = exact_case(2)
     with pytest.raises(ValueError, match=f"^{name}: got"):
         impute(**{"model": model, "x": x, "observed": observed} | change)
+
+
+def binary_case(model, num_images=3):
+    """A mask that sees the upper half, and images of zeros and ones, for a model of 8 x 8 pixels."""
+    observed = torch.zeros(1, 1, 8, 8, dtype=torch.bool)
+    observed[..., :4, :] = True
+    levels = torch.randint(0, 256, (num_images, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return model.likelihood.observe(levels, torch.Generator().manual_seed(0)), observed
+
+
+def of_every_kind():
+    torch.manual_seed(0)
+    vector = {"image_shape": (1, 8, 8), "hidden_dims": (8,), "latent_dim": 2}
+    with_prior = vaelib.mlp_vae(**vector)
+    with_prior.prior = VampPrior(with_prior, torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8), 5)
+    return {
+        "plain": vaelib.mlp_vae(**vector),
+        "float64": vaelib.mlp_vae(**vector).double(),
+        "VampPrior": with_prior,
+        "conditional": vaelib.conditional_vae(num_classes=4, **vector).given(torch.tensor([3, 0, 2])),
+        "hierarchical": vaelib.hierarchical_vae((1, 8, 8), ((2, 1), (2, 1)), 8, 4, 1, "bernoulli"),
+        "VQ": vaelib.vq_vae((1, 8, 8), 8, 4, "bernoulli", width=8, narrow=4, blocks=1),
+    }
+
+
+@pytest.mark.parametrize("kind", list(of_every_kind()))
+def test_seen_and_hidden_pixels_of_every_model_add_up_to_the_image(kind):
+    model = of_every_kind()[kind].eval()
+    x, observed = binary_case(model)
+    x, likelihood = x.to(next(model.parameters()).dtype), model.likelihood
+    eps = torch.randn(2, len(x), model.latent_dim, dtype=x.dtype, generator=torch.Generator().manual_seed(0))
+    whole, *halves = (one.elbo(x, 2, eps) for one in (model, seeing(model, observed), seeing(model, ~observed)))
+    assert torch.allclose(halves[0].log_likelihood + halves[1].log_likelihood, whole.log_likelihood, rtol=1e-5)
+    assert all(torch.equal(half.kl, whole.kl) for half in halves)
+    assert model.likelihood is likelihood
+    with pytest.raises(ValueError, match="^model: got"):
+        vaelib.save(seeing(model, observed), "nowhere")
+
+
+def test_the_seen_pixels_have_no_bits_per_dim_and_a_score_stays_a_score():
+    model = vaelib.mlp_vae((1, 28, 28), (8,), 2)
+    observed = torch.arange(784).view(1, 1, 28, 28) < 300
+    images = vaelib.load_images("digits", "test")[:10]
+    assert vaelib.evaluate(seeing(model, observed), images).bits_per_dim is None
+    score = vaelib.mlp_vae((1, 28, 28), (8,), 2, "grey_bce_not_a_likelihood")
+    with pytest.raises(ValueError, match="^model: got the score 'seen pixels of grey"):
+        vaelib.log_likelihood(seeing(score, observed), images)
+    with pytest.raises(ValueError, match="^model: got the score"):
+        impute(score, score.likelihood.observe(images.pixels), observed)
+
+
+def test_masks_of_other_images_are_refused():
+    model = vaelib.mlp_vae((1, 28, 28), (8,), 2)
+    images = vaelib.load_images("digits", "test")[:40]
+    first = (torch.arange(784) < 300).view(1, 1, 28, 28)
+    seen = seeing(model, torch.cat([first, ~first]))
+    for few in (1, 3, 4):
+        with pytest.raises(ValueError, match=f"^observed: got 2 masks, expected 1, or one for each of {few} images"):
+            seen.elbo(model.likelihood.observe(images[:few].pixels))
+    with pytest.raises(ValueError, match="^observed: got 2 masks"):
+        vaelib.log_likelihood(seen, images, 5)
+
+
+def test_labels_of_other_images_are_refused():
+    model = vaelib.conditional_vae((1, 8, 8), 4, (8,), 2)
+    bound = model.given(torch.tensor([3, 0]))
+    x, observed = binary_case(model, 4)
+    for call in (
+        lambda: replicate(bound, x, 2, "prior"),
+        lambda: fill_by_turns(bound, x, observed, 2),
+        lambda: impute(bound, x[:2], observed, 12, chains=2),  # K = 12 codes would take the labels in turn
+        lambda: replicate(model, x, 2, "prior"),
+        lambda: seeing(model, observed).elbo(x),
+    ):
+        with pytest.raises(ValueError, match="^model: got"):
+            call()
+    assert impute(model.given(3), x, observed, 12, chains=2, steps=2).mean.shape == x.shape
+
+
+@pytest.mark.parametrize("kind", ["hierarchical", "VQ"])
+def test_a_model_without_one_gaussian_for_each_image_is_not_filled_in(kind):
+    model = of_every_kind()[kind].eval()
+    x, observed = binary_case(model)
+    assert replicate(model, x, 2).shape == (2, *x.shape)
+    assert fill_by_turns(model, x, observed, 2).shape == x.shape
+    with pytest.raises(ValueError, match="^model: got"):
+        impute(model, x, observed, 12, chains=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"rounds": -1}, "rounds"),
+        ({"observed": torch.ones(2, 1, 8, 8).tril().bool()}, "observed"),
+        ({"observed": torch.ones(1, 1, 8, 8).tril()}, "observed"),
+        ({"x": torch.full((3, 1, 8, 8), 0.5)}, "x"),
+        ({"x": torch.ones(3, 1, 8, 8, dtype=torch.uint8)}, "x"),
+    ],
+)
+def test_turns_refuse_what_they_cannot_fill(change, name):
+    model = vaelib.mlp_vae((1, 8, 8), (8,), 2)
+    x, observed = binary_case(model)
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        fill_by_turns(**{"model": model, "x": x, "observed": observed, "rounds": 2} | change)
+
+
+def test_weights_of_few_digits_are_refused():
+    model = vaelib.mlp_vae((1, 8, 8), (8,), 2).bfloat16()
+    x, observed = binary_case(model)
+    with pytest.raises(ValueError, match="^x: got a bfloat16 tensor"):
+        impute(model, x.bfloat16(), observed)
 
 
 @pytest.mark.equation("predictive-p-value")
@@ -160,6 +277,21 @@ def test_statistics_of_other_shapes_are_refused(statistic, replicated):
 def test_a_statistic_that_is_no_number_is_refused():
     with pytest.raises(ValueError, match="^replicated: got NaN"):
         predictive_p_values(torch.zeros(1), torch.full((2, 1), math.nan))
+
+
+@pytest.mark.parametrize(
+    ("statistic", "replicated", "name"),
+    [
+        (torch.tensor([0.1]).double(), torch.tensor([[0.1]]), "statistic, replicated"),  # 0.1 in 64 bits is no 0.1 in 32
+        (torch.tensor([1]), torch.tensor([[1.0]]), "statistic, replicated"),
+        ([0.1], torch.tensor([[0.1]]), "statistic"),
+        (torch.tensor([0.1]), torch.tensor([[0.1j]]), "replicated"),
+        (torch.tensor([0.1]), torch.ones(1, 1, device="meta"), "statistic, replicated"),
+    ],
+)
+def test_statistics_of_another_type_are_refused(statistic, replicated, name):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        predictive_p_values(statistic, replicated)
 
 
 def test_a_replicate_of_the_posterior_is_like_its_image():

@@ -10,11 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vaelib._validation import check_int, check_pixels, check_seed, describe
+from vaelib._validation import check_int, check_seed, describe
 from vaelib.data import ImageSet
-from vaelib.evaluation import posteriors
-from vaelib.heldout import latent_noise
-from vaelib.noise import image_keys
+from vaelib.priors import posterior_samples
 from vaelib.vae import VAE
 
 
@@ -85,7 +83,7 @@ def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20, shuff
     orders = [torch.randperm(len(codes), generator=generator, device="cpu") for _ in range(shuffles)]
     chance = torch.stack([information_of(joint_counts(a, b[:, order], bins)) for order in orders]).mean(0)
     most = torch.minimum(entropy_of(counts[:, 0].sum(2))[:, None], entropy)  # (L, F)
-    scale = torch.where(most > 0, most / (most - chance), 0)  # a latent dimension that is constant tells nothing
+    scale = torch.where(most - chance > 1e-9, most / (most - chance), 0)  # a latent dimension that is constant tells nothing
     information = (information_of(counts) - chance) * scale
     first, second = information.topk(2, dim=0).values
     per_factor = (first - second) / entropy
@@ -95,12 +93,12 @@ def mutual_information_gap(codes: Tensor, factors: Tensor, bins: int = 20, shuff
 def sampled_codes(model: VAE, images: ImageSet | Tensor, batch_size: int = 1000, seed: int = 0) -> Tensor:
     """One draw of q(z given x) for each image: (N, latent_dim), on the CPU; an image has the same draw in every set and order.
 
+    They are those of `vaelib.priors.posterior_samples`: of a model with several layers of latents, drawn from the top down.
+
     Raises:
-        ValueError: For a model whose posterior is no Gaussian, and bad images.
+        ValueError: For images that are not the model's.
     """
-    q = posteriors(model, images, batch_size, seed)
-    keys = image_keys(check_pixels("images", images).cpu(), seed)
-    return q.sample(latent_noise(keys, 1, q.mean.shape[1]))[0]
+    return posterior_samples(model, images, batch_size, seed)
 
 
 def check_columns(argument: str, value: Tensor, fewest: int) -> Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vaelib._validation import check_choice, check_int, describe
+from vaelib.conditional import BoundVAE
 from vaelib.densities import Posterior
-from vaelib.evaluation import refine_posterior
+from vaelib.evaluation import check_normalized, refine_posterior
 from vaelib.heldout import evaluating
 from vaelib.likelihoods import Likelihood
 from vaelib.objectives import effective_sample_size
@@ -23,20 +25,30 @@ class SeenPixels(Likelihood):
     Args:
         likelihood: of all pixels.
         observed: bool, (1, 1, H, W) or (N, 1, H, W): True where a pixel was seen.
+
+    Raises:
+        ValueError: Where there are several masks, by `observe`, `check_values` and `log_prob`, for another number of images.
     """
 
+    values = None  # as of a density: bits/dim would divide by all pixels of the image
+
     def __init__(self, likelihood: Likelihood, observed: Tensor) -> None:
-        super().__init__()
+        super().__init__(name=f"seen pixels of {likelihood.config.get('name')}")
         self.likelihood, self.observed = likelihood, observed
-        self.lowest, self.highest, self.values = likelihood.lowest, likelihood.highest, likelihood.values
+        self.lowest, self.highest, self.normalized = likelihood.lowest, likelihood.highest, likelihood.normalized
 
     def param_channels(self, channels: int) -> int:
         return self.likelihood.param_channels(channels)
 
     def observe(self, pixels: Tensor, generator: torch.Generator | None = None, uniform: Tensor | None = None) -> Tensor:
+        check_masks(self.observed, len(pixels))
         return self.likelihood.observe(pixels, generator, uniform)
 
+    def to_pixels(self, x: Tensor) -> Tensor:
+        return self.likelihood.to_pixels(x)
+
     def check_values(self, x: Tensor) -> None:
+        check_masks(self.observed, len(x))
         self.likelihood.check_values(x)
 
     def by_pixel(self, x: Tensor, params: Tensor) -> Tensor:
@@ -48,8 +60,10 @@ class SeenPixels(Likelihood):
     def log_prob(self, x: Tensor, params: Tensor, validate: bool = True) -> Tensor:
         """The sum over the seen pixels: (N,), nats. eq. seen-pixels"""
         self.check(x, params, validate)
-        observed = self.observed.to(x.device)
-        return (self.by_pixel(x, params) * observed.repeat(len(x) // len(observed), 1, 1, 1)).flatten(1).sum(1)
+        draws, rest = divmod(len(x), len(self.observed))  # several draws of z for each image
+        if rest or not draws:
+            check_masks(self.observed, len(x))
+        return (self.by_pixel(x, params) * self.observed.to(x.device).repeat(draws, 1, 1, 1)).flatten(1).sum(1)
 
     def mean(self, params: Tensor) -> Tensor:
         return self.likelihood.mean(params)
@@ -58,27 +72,48 @@ class SeenPixels(Likelihood):
         return self.likelihood.sample(params, generator)
 
 
+def check_masks(observed: Tensor, images: int) -> None:
+    """ValueError unless there is one mask, or one for each of the images."""
+    if len(observed) not in (1, images):
+        raise ValueError(f"observed: got {len(observed)} masks, expected 1, or one for each of {images} images")
+
+
+def check_observed(observed: Any, image_shape: tuple[int, ...]) -> Tensor:
+    """`observed` if it is bool (N, 1, H, W) each mask sees a pixel and one hides one; else a ValueError."""
+    shape = (1, *image_shape[1:])
+    if not isinstance(observed, Tensor) or observed.dtype != torch.bool or observed.dim() != 4 or observed.shape[1:] != shape:
+        raise ValueError(f"observed: got {describe(observed)}, expected bool of shape (N or 1, {', '.join(map(str, shape))})")
+    if observed.all() or not observed.flatten(1).any(1).all():  # True of no mask at all too
+        raise ValueError("observed: got a mask with every pixel seen, or with none, expected some of each")
+    return observed
+
+
+def check_labels(model: VAE, images: int = 1) -> None:
+    """ValueError where the model is bound to several labels, and not one for each image."""
+    if isinstance(model, BoundVAE) and len(model.labels) not in (1, images):
+        expected = f"1, or one for each of {images} images" if images > 1 else "one label, that of all images"
+        raise ValueError(f"model: got one with {len(model.labels)} labels, expected {expected}")
+
+
 def seeing(model: VAE, observed: Tensor) -> VAE:
     """The VAE of the seen pixels, p(x_o) = integral of p(x_o given z) p(z): the same networks under `SeenPixels`. eq. seen-pixels
 
-    It is a VAE like any other, so `log_likelihood`, `refine_posterior` and `annealed_log_likelihood` estimate log p(x_o) of it. Its
+    It is of the model's class, so `log_likelihood`, `refine_posterior` and `annealed_log_likelihood` estimate log p(x_o) of it. Its
     encoder is the model's and reads all of x: what stands at the hidden pixels moves q, never the target.
 
     Args:
         model: of whole images; it is not changed.
-        observed: bool, (1, 1, H, W), one mask for all images, or (N, 1, H, W): True where a pixel was seen.
+        observed: bool, (1, 1, H, W), one mask for all images, or (N, 1, H, W), for N images that then come in one batch: True where a
+            pixel was seen.
 
     Raises:
         ValueError: For an `observed` of another type or shape, or one that sees nothing or all.
     """
-    _, height, width = model.image_shape
-    if observed.dtype != torch.bool or observed.dim() != 4 or observed.shape[1:] != (1, height, width):
-        raise ValueError(f"observed: got {describe(observed)}, expected bool of shape (N or 1, 1, {height}, {width})")
-    if observed.all() or not observed.flatten(1).any(1).all():
-        raise ValueError("observed: got a mask with every pixel seen, or with none, expected some of each")
-    latent = model.latent_dim if len(model.latent_shape) == 1 else model.latent_shape
-    likelihood = SeenPixels(model.likelihood, observed)
-    return VAE(model.encoder, model.decoder, likelihood, model.image_shape, latent, prior=model.prior)
+    seen = copy.copy(model)
+    likelihood = SeenPixels(model.likelihood, check_observed(observed, model.image_shape))
+    seen._modules = model._modules | {"likelihood": likelihood}  # a dict of its own: the model keeps its likelihood
+    seen.config = None
+    return seen
 
 
 class Imputation(NamedTuple):
@@ -104,7 +139,15 @@ def fill_by_turns(model: VAE, x: Tensor, observed: Tensor, rounds: int, generato
     """x with its hidden pixels drawn by turns: z given x, then the hidden pixels given z, `rounds` times, from a draw of the model.
 
     The chain of Rezende, Mohamed and Wierstra 2014. It would go to p(x_m given x_o) if q were the posterior.
+
+    Raises:
+        ValueError: As `impute`; 0 rounds give the first draw.
     """
+    model.check_input(x, validate=True)
+    check_masks(check_observed(observed, model.image_shape), len(x))
+    check_labels(model, len(x))
+    check_int("rounds", rounds, minimum=0)
+    observed = observed.to(x.device)
     with evaluating(model):
         z = model.prior.sample(len(x), generator).to(x)
         for turn in range(rounds + 1):
@@ -133,7 +176,7 @@ def impute(
     p(x_o given z) p(z) over the density of the whole mixture, so that a Gaussian that went astray costs draws and no more.
 
     Args:
-        model: one with one diagonal Gaussian q(z given x) for each image.
+        model: one with one diagonal Gaussian q(z given x) for each image; a conditional one is given one label for all images.
         x: (N, C, H, W), as `likelihood.observe` gives it. What it holds at hidden pixels enters `log_hidden` and nothing else.
         observed: bool, (1, 1, H, W) or (N, 1, H, W): True where a pixel was seen.
         num_samples: K, draws of z per image, more than `chains`; rounded up to a multiple of `chains` + 1.
@@ -144,12 +187,15 @@ def impute(
         generator: of all draws but those of the ascent, which belong to the filled image.
 
     Raises:
-        ValueError: For an x that is not the model's, an `observed` of another type or shape, or numbers that are too small.
+        ValueError: For a score that is no likelihood, another posterior or several labels, an x that is not the model's, an `observed`
+            of another type or shape, or numbers that are too small.
     """
     model.check_input(x, validate=True)
-    seeing(model, observed)  # says what is wrong with the masks
-    if len(observed) not in (1, len(x)):
-        raise ValueError(f"observed: got {len(observed)} masks, expected 1, or one for each of {len(x)} images")
+    check_normalized(model)
+    check_labels(model)  # each image is filled in by itself, with the same model
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x: got {describe(x)}, expected float32 or float64, whose digits the weights need")
+    check_masks(check_observed(observed, model.image_shape), len(x))
     if check_int("num_samples", num_samples) <= check_int("chains", chains):
         raise ValueError(f"num_samples: got {num_samples}, expected more than chains = {chains}")
     check_int("rounds", rounds), check_int("num_draws", num_draws), check_int("steps", steps, minimum=0)
@@ -209,9 +255,10 @@ def replicate(
         generator: of all draws.
 
     Raises:
-        ValueError: For an x that is not the model's, a number below 1 or another source.
+        ValueError: For an x that is not the model's, labels that are not its own, a number below 1 or another source.
     """
     model.check_input(x, validate=True)
+    check_labels(model, len(x))
     posterior = check_choice("source", source, ("posterior", "prior")) == "posterior"
     with evaluating(model):
         draws = torch.empty(check_int("num_replicates", num_replicates), *x.shape, dtype=x.dtype, device=x.device)
@@ -230,8 +277,14 @@ def predictive_p_values(statistic: Tensor, replicated: Tensor) -> Tensor:
     not know the data, as those of the prior: those of the posterior lie nearer to one half also for the true model.
 
     Raises:
-        ValueError: If the shapes do not fit or a value is NaN.
+        ValueError: If the shapes do not fit, the types differ, between which no tie is a tie, or a value is NaN.
     """
+    for name, values in (("statistic", statistic), ("replicated", replicated)):
+        if not isinstance(values, Tensor) or values.is_complex():
+            raise ValueError(f"{name}: got {describe(values)}, expected a tensor of real numbers")
+    if statistic.dtype != replicated.dtype or statistic.device != replicated.device:
+        got = " and ".join(f"{values.dtype} on {values.device}" for values in (statistic, replicated))
+        raise ValueError(f"statistic, replicated: got {got}, expected one type on one device")
     if statistic.dim() != 1 or replicated.dim() != 2 or replicated.shape[1:] != statistic.shape or 0 in replicated.shape:
         raise ValueError(
             f"statistic, replicated: got {describe(statistic)} and {describe(replicated)}, expected shapes (N,) and (R, N)"
