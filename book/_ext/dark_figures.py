@@ -9,33 +9,67 @@ from PIL import Image
 from scipy import ndimage
 
 WHITE = 240  # of 255: as light as this is the ground
-GAP = 8  # pixels: a wider band of white in a grid of pictures belongs to one of them
-SIDE = 100  # pixels of a picture in a free layout, at least
+GAP = 8  # pixels: a wider band of white in a single row or column of pictures belongs to one of them
+SIDE = 100  # pixels of a dark block in a free layout, at least
+LENGTH, WIDTH = 48, 8  # pixels of a filled rectangle, at least: a colour bar is narrow
+TICK = 6  # pixels: what stands out further is a label
+
+
+def is_picture(levels: np.ndarray) -> bool:
+    """Whether a block is a rectangle, its sides unbroken, of more than one colour: bars and letters are not."""
+    paper = levels.min(2) >= WHITE
+    whole = max(side.mean() for side in (paper[0], paper[-1], paper[:, 0], paper[:, -1])) < 0.2  # its corners may be blurred
+    if not whole or max(paper.shape) < LENGTH or min(paper.shape) < WIDTH:
+        return False
+    inner = levels[3:-3, 3:-3].reshape(-1, 3)  # without the blurred edge of a bar
+    return np.unique(inner, axis=0, return_counts=True)[1].max() < 0.97 * len(inner)
+
+
+def blocks(levels: np.ndarray, paper: np.ndarray, dark_ones: bool) -> np.ndarray:
+    """A frame around each picture by itself, and around each large dark block if so asked."""
+    frame = np.ones_like(paper)
+    for place in ndimage.find_objects(ndimage.label(~paper)[0]):
+        if dark_ones and min(paper[place].shape) >= SIDE and paper[place].mean() < 0.3:
+            frame[place] = False
+        inner = []
+        for axis, part in ((1, place[0]), (0, place[1])):
+            filled = np.flatnonzero(paper[place].mean(axis) < 0.5)  # the other rows and columns are those of ticks
+            if len(filled) and filled[0] <= TICK and filled[-1] + TICK >= part.stop - part.start - 1:
+                inner.append(slice(part.start + filled[0], part.start + filled[-1] + 1))
+        if len(inner) == 2 and is_picture(levels[tuple(inner)]):
+            frame[tuple(inner)] = False
+    return frame
 
 
 def frame_of(levels: np.ndarray, free: bool = False) -> np.ndarray:
     """Where (H, W) a figure's ground, labels and gaps are: all of a drawing, and of pictures what lies around these.
 
-    Pictures are in a grid with labels at its left and above it, or in a `free` layout, where each is a large dark block.
+    Pictures are in a grid with labels at its left and above it. In a `free` layout, and where labels stand at the right as those of a
+    colour bar do, each is found by itself.
     """
     paper = levels.min(2) >= WHITE
     frame = np.ones_like(paper)
     if free:
-        for place in ndimage.find_objects(ndimage.label(~paper)[0]):
-            if min(paper[place].shape) >= SIDE and paper[place].mean() < 0.3:
-                frame[place] = False
-        return frame
+        return blocks(levels, paper, dark_ones=True)
     if paper.mean() > 0.5:  # pictures fill the better part of their figure
         return frame
-    left = np.argmax((~paper).mean(0) > 0.5)  # labels stand left of the first column that pictures fill
-    top = np.argmax((~paper[:, left:]).mean(1) > 0.5)
+    columns = np.flatnonzero((~paper).mean(0) > 0.5)
+    left = columns[0] if len(columns) else 0  # labels stand left of the first column that pictures fill
+    rows = np.flatnonzero((~paper[:, left:]).mean(1) > 0.5)
+    top = rows[0] if len(rows) else 0
+    if len(columns) and not paper[:, columns[-1] + TICK :].all():
+        return blocks(levels, paper, dark_ones=False)
     frame[top:, left:] = False
     grid = paper[top:, left:]
-    for share, bands in ((grid.mean(1), frame[top:, left:]), (grid.mean(0), frame[top:, left:].T)):
-        edges = np.flatnonzero(np.diff(np.pad((share > 0.97).astype(int), 1)))
-        for start, end in edges.reshape(-1, 2):
-            if end - start <= GAP or end == len(share):
-                bands[start:end] = True
+    bands = []  # of each direction: start, end, whether it lies inside of the grid
+    for share in (grid.mean(1), grid.mean(0)):
+        edges = np.flatnonzero(np.diff(np.pad((share > 0.97).astype(int), 1))).reshape(-1, 2)
+        bands.append([(start, end, start > 0 and end < len(share), share[start:end].min() == 1) for start, end in edges])
+    for own, other, part in ((bands[0], bands[1], frame[top:, left:]), (bands[1], bands[0], frame[top:, left:].T)):
+        table = any(inside for _, _, inside, _ in other)
+        for start, end, inside, empty in own:
+            if end - start <= GAP or end == len(part) or (table and inside and empty):
+                part[start:end] = True
     return frame
 
 
