@@ -1,5 +1,6 @@
 """The assignments: one source each gives stub and solution, and each task's points answer to that task's code alone."""
 
+import copy
 import functools
 import io
 import json
@@ -82,9 +83,14 @@ def execute(notebook, of_task=None):
     return ended
 
 
+@functools.cache
+def instructor_s(of):
+    return assignment.instructor_notebook(source(of))
+
+
 def solved(of="vae", /, **changes):
     """A submission: the instructor's notebook with other sources for some cells, less the ungraded look at each verdict."""
-    notebook = assignment.instructor_notebook(source(of))
+    notebook = copy.deepcopy(instructor_s(of))
     notebook.cells = [cell for cell in notebook.cells if "print(checks." not in cell.source]
     for cell in notebook.cells:
         cell.source = changes.pop(cell.id, cell.source)
@@ -93,7 +99,7 @@ def solved(of="vae", /, **changes):
 
 
 def answer(name, of="vae"):
-    return next(cell.source for cell in assignment.instructor_notebook(source(of)).cells if cell.id == name)
+    return next(cell.source for cell in instructor_s(of).cells if cell.id == name)
 
 
 def lost(report):
@@ -492,57 +498,44 @@ WRITTEN_LATER = [
 ]
 
 
-@pytest.mark.parametrize(("of", "task", "mistake", "piece", "instead"), WRITTEN_LATER, ids=lambda value: value[:16])
-def test_a_mistake_in_a_task_of_a_later_assignment_costs_its_points_and_is_named(of, task, mistake, piece, instead):
+@pytest.mark.parametrize(
+    ("of", "task", "mistake", "piece", "instead"),
+    [("vae", *row) for row in WRITTEN] + WRITTEN_LATER,
+    ids=lambda value: value[:16],
+)
+def test_a_mistake_in_a_task_costs_its_points_and_is_named(of, task, mistake, piece, instead):
     text = answer(task, of)
     assert text.count(piece) == 1
+    if mistake == "unregistered":
+        text = text.replace("self.mean(h)", "self.heads[0](h)")
     notebook = solved(of, **{task: text.replace(piece, instead)})
     report = assignment.grade(notebook, functools.partial(execute, of_task=task), source(of))
     assert list(lost(report)) == [task]
     assert report["points"] == 84 - next(row["of"] for row in report["tasks"] if row["task"] == task)
     assert lost(report)[task].startswith(f"not yet [{mistake}]: ")
-    if mistake in LATER.get(task, {}):
-        assert LATER[task][mistake][0] in lost(report)[task]
-
-
-@pytest.mark.parametrize("of", LADDER[1:])
-def test_of_a_later_assignment_a_task_that_is_not_written_costs_its_points_alone(of):
-    roles = {cell.id: role for role, _, cell in assignment.read_source(source(of))}
-    task = next(name for name, role in roles.items() if role == "answer")
-    stub = next(cell.source for cell in assignment.student_notebook(source(of)).cells if cell.id == task)
-    assert list(lost(assignment.grade(solved(of, **{task: stub}), execute, source(of)))) == [task]
-
-
-@pytest.mark.parametrize(("task", "mistake", "piece", "instead"), WRITTEN, ids=lambda value: value[:16])
-def test_a_mistake_in_a_task_costs_that_task_s_points_alone_and_is_named(task, mistake, piece, instead):
-    source = answer(task)
-    assert source.count(piece) == 1
-    if mistake == "unregistered":
-        source = source.replace("self.mean(h)", "self.heads[0](h)")
-    report = assignment.grade(solved(**{task: source.replace(piece, instead)}), execute)
-    assert list(lost(report)) == [task]
-    assert report["points"] == 84 - next(row["of"] for row in report["tasks"] if row["task"] == task)
-    assert lost(report)[task].startswith(f"not yet [{mistake}]: ")
-    if mistake in TABLES.get(task, {}):
-        assert TABLES[task][mistake][0] in lost(report)[task]
+    known = {**TABLES, **LATER}.get(task, {})
+    if mistake in known:
+        assert known[mistake][0] in lost(report)[task]
 
 
 @every
-def test_every_task_has_at_least_three_of_these_mistakes(of):
-    tasks = [task for task, *_ in WRITTEN] if of == "vae" else [task for name, task, *_ in WRITTEN_LATER if name == of]
+def test_a_task_asks_for_no_other_one_s_answer(of):
+    roles = [(role, cell.id) for role, _, cell in assignment.read_source(source(of))]
+    stubs = {cell.id: cell.source for cell in assignment.student_notebook(source(of)).cells}
+    tasks = [name for role, name in roles if role == "answer"]
+    for task in tasks:
+        alone = solved(of, **{other: stubs[other] for other in tasks if other != task})
+        assert set(lost(assignment.grade(alone, execute, source(of)))) == set(tasks) - {task}
+
+
+@every
+def test_every_task_has_at_least_three_of_these_mistakes_and_one_whose_sentence_is_the_checker_s(of):
+    rows = [("vae", *row) for row in WRITTEN] + WRITTEN_LATER
+    tasks = [task for name, task, *_ in rows if name == of]
     assert set(tasks) == {cell.id.removesuffix("-test") for role, _, cell in assignment.read_source(source(of)) if role == "test"}
     assert min(map(tasks.count, tasks)) >= 3
-
-
-@pytest.mark.parametrize(("task", "mistake"), [(task, mistake) for task, table in {**TABLES, **LATER}.items() for mistake in table])
-def test_every_mistake_of_the_checkers_tables_fails_its_task_s_test_with_its_sentence(task, mistake):
-    known = {**TABLES, **LATER}[task]
-    table = next(name for name, value in vars(checks).items() if value is known)
-    of = next(of for of in LADDER if f'answer="{task}"' in source(of).read_text())
-    notebook = solved(of, **{task: f"{task} = checks.{table}[{mistake!r}][1]"})
-    notebook.cells = [cell for cell in notebook.cells if cell.id in ("imports", task, f"{task}-test")]
-    assert execute(notebook) == {0, 1}
-    assert known[mistake][0] in assignment.message_of(notebook.cells[2], passed=False)
+    for task in set(tasks) & {*TABLES, *LATER}:
+        assert {mistake for _, name, mistake, *_ in rows if name == task} & set({**TABLES, **LATER}[task]), task
 
 
 # what students do to a notebook
@@ -588,14 +581,17 @@ def test_outputs_of_the_student_s_own_run_count_for_nothing():
     assert "kernel died" in lost(report)["kl"]
 
 
+of_kl = functools.partial(execute, of_task="kl")
+
+
 def test_what_a_task_does_without_is_noted_and_costs_nothing():
-    report = assignment.grade(solved(kl="def kl(mean, log_var):\n    return vaelib.gaussian_kl(mean, log_var)"), execute)
+    report = assignment.grade(solved(kl="def kl(mean, log_var):\n    return vaelib.gaussian_kl(mean, log_var)"), of_kl)
     assert report["points"] == 84
     assert report["notes"] == ["kl: the answer holds 'vaelib', which the task does without"]
 
 
 def test_an_answer_that_the_checkers_give_is_noted():
-    report = assignment.grade(solved(kl="kl = checks.terms.kl_recipe"), execute)
+    report = assignment.grade(solved(kl="kl = checks.terms.kl_recipe"), of_kl)
     assert [note.split(", ")[0] for note in report["notes"]] == [
         f"kl: the answer holds {word!r}" for word in ("checks.", "_recipe")
     ]
@@ -605,7 +601,7 @@ def test_an_essay_left_as_it_was_gets_no_points_and_a_deleted_one_neither():
     notebook = solved(**{ESSAYS[0]: " YOUR ANSWER HERE\n"})
     notebook.cells = [cell for cell in notebook.cells if cell.id != ESSAYS[1]]
     notebook.cells.append(new_markdown_cell("a note of my own"))
-    report = assignment.grade(notebook, execute)
+    report = assignment.grade(notebook, of_kl)
     assert lost(report) == dict.fromkeys(ESSAYS, "no answer")
     assert (report["points"], report["by_hand"]) == (84, 0)
 

@@ -1,6 +1,7 @@
 """The book keeps its promises: equations have functions and tests, numbers have runs, figures have words."""
 
 import ast
+import functools
 import importlib.util
 import json
 import re
@@ -25,15 +26,31 @@ def load_script(name):
     return module
 
 
+@functools.cache
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+@functools.cache
+def text_of(path):
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    return "\n".join(cell.source for cell in notebook(path).cells if cell.cell_type == "markdown")
+
+
+@functools.cache
+def ledger(file):
+    return json.loads((ROOT / "results" / f"{file}.json").read_text(encoding="utf-8"))
+
+
 def chapter(name):
-    return nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    """A notebook of the book: all tests look at the same one, and none changes it."""
+    return notebook(BOOK / f"{name}.ipynb")
 
 
 def prose(name):
     """The text of a chapter or of a page in Markdown."""
-    if name in PAGES:
-        return (BOOK / f"{name}.md").read_text(encoding="utf-8")
-    return "\n".join(cell.source for cell in chapter(name).cells if cell.cell_type == "markdown")
+    return text_of(BOOK / (f"{name}.md" if name in PAGES else f"{name}.ipynb"))
 
 
 def code_cells(name):
@@ -129,7 +146,7 @@ def test_every_source_of_a_number_is_read():
 
 @pytest.mark.parametrize("trace", list(traced_numbers()))
 def test_a_quoted_number_is_the_one_in_the_ledger(trace):
-    record = json.loads((ROOT / "results" / f"{trace['file']}.json").read_text())
+    record = ledger(trace["file"])
     number = trace["number"].replace("−", "-").replace(",", "")
     decimals = len(number.partition(".")[2])
     measured = float(value_at(record, trace["path"])) * float(trace["factor"] or 1)
@@ -317,7 +334,7 @@ def test_the_words_for_an_opening_picture_give_the_numbers_that_it_shows(name):
 
 def trainings(row, key):
     """A score in each training of a row of the MNIST tables."""
-    return json.loads((ROOT / "results" / "mnist-rows.json").read_text())[row]["metrics"][key]["each"]
+    return ledger("mnist-rows")[row]["metrics"][key]["each"]
 
 
 def test_each_row_of_the_mnist_tables_is_of_three_trainings_as_the_chapter_says():

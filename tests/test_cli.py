@@ -14,7 +14,7 @@ from PIL import Image
 import vaelib
 from vaelib.checkpoints import read_checkpoint, write_checkpoint
 from vaelib.cli import main
-from vaelib.storage import only_writer
+from vaelib.storage import LOCK
 
 QUICK = ("--data", "digits", "--hidden", "32", "--latent-dim", "4", "--epochs", "3", "--batch-size", "100", "--device", "cpu")
 
@@ -30,9 +30,9 @@ def run_folder(vaelib_command, tmp_path_factory):
     return folder
 
 
-def test_version_and_help_say_what_this_is(vaelib_command):
-    assert vaelib_command("--version").stdout == f"vaelib {vaelib.__version__}\n"
-    listed = vaelib_command("--help").stdout
+def test_version_and_help_say_what_this_is(vaelib_here):
+    assert vaelib_here("--version").stdout == f"vaelib {vaelib.__version__}\n"
+    listed = vaelib_here("--help").stdout
     assert all(f"\n  {name} " in listed for name in ("train", "evaluate", "sample", "index", "search", "reproduce"))
 
 
@@ -62,8 +62,8 @@ def test_evaluate_prints_one_json_object_equal_to_the_library_s_answer(run_folde
     assert "elbo " in plain.stdout
 
 
-def test_sample_writes_a_sheet_of_images(run_folder, vaelib_command, tmp_path):
-    done = vaelib_command("sample", run_folder, "--out", tmp_path / "new" / "samples.png", "--num-images", 9)
+def test_sample_writes_a_sheet_of_images(run_folder, vaelib_here, tmp_path):
+    done = vaelib_here("sample", run_folder, "--out", tmp_path / "new" / "samples.png", "--num-images", 9)
     assert done.returncode == 0, done.stderr
     with Image.open(tmp_path / "new" / "samples.png") as sheet:
         assert sheet.size == (3 * 85 - 1, 3 * 85 - 1)  # each image of 28 pixels enlarged three times: at least 64
@@ -189,9 +189,12 @@ def test_bad_input_ends_with_one_line_and_status_2(arguments, message, run_folde
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # no folder was left behind
 
 
-def test_missing_data_without_network_end_with_the_way_out(vaelib_command, tmp_path):
+def test_missing_data_without_network_end_with_the_way_out(vaelib_here, tmp_path, monkeypatch):
     blocked = {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9", "VAELIB_DATA": str(tmp_path / "data")}
-    done = vaelib_command("train", "--data", "mnist", "--out", tmp_path / "run", **blocked)
+    for variable, value in blocked.items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr("urllib.request._opener", None)  # one that was made before knows no proxy
+    done = vaelib_here("train", "--data", "mnist", "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "could not be downloaded" in done.stderr
     assert "VAELIB_DATA" in done.stderr
@@ -229,20 +232,12 @@ def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_here, tmp
 
 def test_a_hierarchical_model_is_trained_with_the_arguments_of_its_function(vaelib_here, tmp_path):
     options = {"levels": [[2, 1], [1, 1]], "width": 8, "bottleneck": 4, "blocks": 1}
-    small = (
-        "--data",
-        "shapes",
-        "--model",
-        "hierarchical",
-        "--model-options",
-        json.dumps(options),
-        "--likelihood",
-        "discretized_logistic",
-    )
+    small = ("--data", "digits", "--model", "hierarchical", "--likelihood", "discretized_logistic")
+    small += ("--model-options", json.dumps(options))
     done = vaelib_here("train", *small, "--epochs", "1", "--batch-size", "512", "--device", "cpu", "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     model = vaelib.load(tmp_path)
-    assert model.latent_shapes == [(2, 16, 16), (1, 32, 32)]
+    assert model.latent_shapes == [(2, 14, 14), (1, 28, 28)]
     assert json.loads(json.dumps(model.config)).items() >= options.items()
 
 
@@ -429,13 +424,18 @@ def test_a_foreign_file_of_a_name_that_training_writes_is_not_replaced_unasked(n
     assert json.loads(out)["diverged"] is None
 
 
-def test_two_trainings_into_one_folder_at_once_do_not_mix(vaelib_command, tmp_path):
-    with only_writer("out", tmp_path / "run"):
+def test_two_trainings_into_one_folder_at_once_do_not_mix(vaelib_here, tmp_path):
+    (tmp_path / "run").mkdir()
+    code = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "run" / LOCK)]  # what a training holds, in a process without torch
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
         for further in ((), ("--resume",), ("--overwrite",)):
-            done = vaelib_command("train", *QUICK, "--out", tmp_path / "run", *further)
+            done = vaelib_here("train", *QUICK, "--out", tmp_path / "run", *further)
             assert (done.returncode, done.stdout) == (2, "")
             assert done.stderr == f"vaelib: error: out: another process is writing to {tmp_path / 'run'}, expected another folder\n"
-        assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
+        other.stdin.close()
 
 
 @pytest.mark.filterwarnings("default::UserWarning")  # as for a user; the tests make errors of the library's own
@@ -493,20 +493,20 @@ def test_a_row_whose_training_was_interrupted_is_not_entered(here, tmp_path, mon
     assert not list(tmp_path.rglob("run.json"))
 
 
-def test_digits_are_compressed_and_come_back_in_another_process(vaelib_command, tmp_path):
+def test_digits_are_compressed_and_come_back(vaelib_here, tmp_path):
     options = ("--hidden", "32", "--latent-dim", "4", "--epochs", "2", "--device", "cpu", "--likelihood", "discretized_logistic")
-    assert vaelib_command("train", "--data", "digits", *options, "--out", tmp_path / "run", "--json").returncode == 0
+    assert vaelib_here("train", "--data", "digits", *options, "--out", tmp_path / "run", "--json").returncode == 0
     pixels = vaelib.load_images("digits", "test").pixels[:30]
     (tmp_path / "in").mkdir()
     for number, image in enumerate(pixels):
         Image.fromarray(image[0].numpy()).save(tmp_path / "in" / f"{number:05}.png")
     file, model = tmp_path / "digits.vae", ("--model", tmp_path / "run")
-    done = vaelib_command("compress", tmp_path / "in", *model, "--out", file, "--json")
+    done = vaelib_here("compress", tmp_path / "in", *model, "--out", file, "--json")
     assert done.returncode == 0, done.stderr
     written = json.loads(done.stdout)
     assert written["images"] == 30
     assert written["bytes"] == file.stat().st_size < sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
-    done = vaelib_command("decompress", file, *model, "--out", tmp_path / "again", "--json")
+    done = vaelib_here("decompress", file, *model, "--out", tmp_path / "again", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"] == 30
     for number, image in enumerate(pixels):

@@ -1,6 +1,7 @@
 """The first page and the glossary: the plane and the map are what the script makes, every word leads to where it is introduced."""
 
 import base64
+import functools
 import json
 import re
 from html import unescape
@@ -123,6 +124,7 @@ def test_every_entry_of_the_glossary_links_into_a_chapter():
         assert 30 < len(text) < 400, names
 
 
+@functools.cache
 def places(text):
     """Where each equation, section and exercise of a chapter begins."""
     found = {

@@ -81,14 +81,11 @@ def test_requirements_have_lower_bounds_only_and_constraints_pin_them_all(projec
     assert wanted <= pinned
 
 
-@pytest.mark.parametrize("attempt", [3])
-def test_importing_vaelib_costs_at_most_0_3_seconds_over_torch(attempt):
+def test_importing_vaelib_costs_at_most_0_3_seconds_over_torch():
     code = "import time, torch; start = time.process_time(); import vaelib; print(time.process_time() - start)"
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(attempt)
-    ]
-    assert min(times) <= 0.3
+    command = [sys.executable, "-c", code]
+    tries = (float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(3))
+    assert any(seconds <= 0.3 for seconds in tries)  # a second and a third try on a busy machine alone
 
 
 def imports_of(module):

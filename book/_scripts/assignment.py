@@ -11,6 +11,7 @@ cells say. A submission is run with your rights.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -57,10 +58,16 @@ SOLUTION, HIDDEN = (
 )
 
 
+@functools.cache
+def parsed(text):
+    """The cells of a source's text, which nobody changes."""
+    return jupytext.reads(text, fmt="py:percent").cells
+
+
 def read_source(path=SOURCE):
     """The cells of the source: triples of role (None for a plain one), options and cell with its solution."""
     found = []
-    for place, cell in enumerate(jupytext.read(path, fmt="py:percent").cells):
+    for place, cell in enumerate(parsed(path.read_text(encoding="utf-8"))):
         options = dict(cell.metadata)
         role = next((key for key in options if key in ROLES), None)
         if "teacher" in options:
