@@ -27,6 +27,13 @@ RULES = [  # pattern, what replaces it
     (r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"', r"\1"),
     (r'(<i class="theme-switch [^>]*?) title="[^"]*"', r'\1 aria-hidden="true"'),
     (r'<summary aria-label="Toggle hidden content">', "<summary>"),
+    # A formula keeps the comma or full stop that follows it on its line, and a number in a table its spread.
+    (
+        r'(?<!<span class="unbroken">)(<span class="math notranslate nohighlight">\\\([^<]*\\\)</span>[.,;:!?)]+)',
+        r'<span class="unbroken">\1</span>',
+    ),
+    (r"(<td[^>]*>)<p>([^<]*\d) ± (\d[^<]*</p></td>)", r'\1<p class="spread">\2 ±&nbsp;\3'),
+    (r"(<td[^>]*>)<p>([^<]*\d) \(([\d.]+) to ([\d.]+\)</p></td>)", r'\1<p class="spread">\2 (\3&nbsp;to&nbsp;\4'),
     # A table that scrolls inside its box on a phone is reached by keyboard.
     (r'<table class="table', r'<table tabindex="0" class="table'),
     # A role that ARIA dropped; the list around it stays.
