@@ -4,8 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 # Small models run faster on one thread than on two that spin.
 ONE_THREAD := OMP_NUM_THREADS=1
-# The tests of a file stay together: they share what the file sets up.
-EVERY_CORE := --numprocesses auto --dist loadfile
+# Tests are handed out in the order of their files, which share what they set up; who is done takes over half of another's rest.
+EVERY_CORE := --numprocesses auto --dist worksteal
+# The cells of a notebook stay together.
+EVERY_NOTEBOOK := --numprocesses auto --dist loadfile
 # The numbered part of the contents; `make execute CHAPTERS=book/elbo.ipynb` takes one.
 CHAPTERS := $(shell sed -n '/numbered: true/,/caption:/s|.*file: \(.*\)|book/\1.ipynb|p' book/_toc.yml)
 CHAPTERS_STRICT := $(filter book/elbo.ipynb,$(CHAPTERS))
@@ -38,7 +40,7 @@ test-unit: $(READY) ## the first half of it
 
 test-notebooks: $(READY) ## the second half
 	$(if $(CHAPTERS_STRICT),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
-	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX) $(EVERY_CORE))
+	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX) $(EVERY_NOTEBOOK))
 
 test-real: $(READY) ## tests on the real data sets in $VAELIB_DATA
 	$(BIN)/python -m pytest tests -m real_data
@@ -66,7 +68,7 @@ slides: book ## slides for teaching, a deck for each chapter, in _build/slides
 	$(BIN)/python book/_scripts/slides.py
 
 test-book: $(READY) ## tests on the rendered pages and notebooks
-	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py tests/test_notebooks.py --numprocesses auto --dist worksteal
+	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py tests/test_notebooks.py $(EVERY_CORE)
 
 test-devices: $(READY) ## run each chapter on an emulated GPU (no CUDA; some minutes)
 	VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python tests/emulated_device.py $(CHAPTERS)

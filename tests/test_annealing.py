@@ -91,7 +91,7 @@ def test_annealing_back_from_an_image_s_own_code_estimates_one_over_the_evidence
 def test_the_two_bounds_close_as_the_steps_grow_whatever_the_chunks(generator):
     model, _, _ = oracle_and_vae(3, 6, 0.1, 1, generator)
     x, z = simulated(model, 60, generator)
-    gaps = [upper - lower for lower, upper in (bidirectional_bounds(model, x, z, steps, 4) for steps in (3, 30, 300))]
+    gaps = [upper - lower for lower, upper in (bidirectional_bounds(model, x, z, steps, 4) for steps in (2, 20, 150))]
     for coarse, fine in zip(gaps, gaps[1:], strict=False):
         gain = coarse - fine
         assert gain.mean() > 4 * gain.std() / math.sqrt(60)
@@ -115,7 +115,7 @@ def test_from_a_code_that_is_no_draw_of_the_posterior_there_is_no_upper_bound(ge
 
 def quadrature(model, x):
     """log p(x) of each image by a sum over a fine grid of two-dimensional codes."""
-    axis = torch.linspace(-7, 7, 500)
+    axis = torch.linspace(-7, 7, 350)
     total = torch.full((len(x),), -math.inf)
     with torch.no_grad():
         for z in torch.cartesian_prod(axis, axis).split(20_000):
@@ -129,7 +129,7 @@ def quadrature(model, x):
 def test_on_a_trained_model_annealing_and_importance_sampling_agree_with_quadrature(trained, images):
     black_and_white = vaelib.image_set((images.pixels >= 128).to(torch.uint8) * 255)  # the same x for every seed
     truth = quadrature(trained, trained.likelihood.observe(black_and_white.pixels))
-    annealed = annealed_log_likelihood(trained, black_and_white, num_steps=200, num_chains=8)
+    annealed = annealed_log_likelihood(trained, black_and_white, num_steps=100, num_chains=8)
     sampled = log_likelihood(trained, black_and_white, 5000)
     assert_mean_ratio_is_one(annealed - truth)
     assert sampled.mean() < truth.mean()  # the encoder's q misses a part of the posterior

@@ -211,7 +211,7 @@ def test_a_diverged_run_says_so_and_saves_nothing(vaelib_here, tmp_path):
 
 def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_here, tmp_path):
     options = (
-        *("--data", "shapes", "--model", "conv", "--channels", "4,8", "--latent-dim", "2x8x8", "--residual-blocks", "1"),
+        *("--data", "digits", "--model", "conv", "--channels", "4,8", "--latent-dim", "2x7x7", "--residual-blocks", "1"),
         *("--likelihood", '{"name": "gaussian", "learned": true, "discretized": true}', "--precision", "bf16", "--channels-last"),
         *("--epochs", "1", "--batch-size", "512", "--ema-decay", "0.9", "--flip", "--device", "cpu", "--out", tmp_path, "--json"),
     )
@@ -224,7 +224,7 @@ def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_here, tmp
     assert other.returncode == 2
     assert "belongs to another run: its config.beta is 1.0, expected 2.0" in other.stderr
     model = vaelib.load(tmp_path)
-    assert model.latent_shape == (2, 8, 8)
+    assert model.latent_shape == (2, 7, 7)
     assert json.loads((tmp_path / "run.json").read_text())["model"] == model.config
     done = vaelib_here("evaluate", tmp_path, "--json", "--elbo-samples", 1)
     assert 0 < json.loads(done.stdout)["bits_per_dim"] < 10
