@@ -156,6 +156,21 @@ def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_
     assert (turned[:, 20:70, 3].min(), turned[:, 70:74, 3].max(), turned[0, 0, 3]) == (255, 0, 0)
     assert turned[30, 6].tolist() == [255, 255, 255, 255]
 
+    table = np.tile(ground, (148, 148, 1))  # four of them with wide gaps
+    for top, left in ((0, 0), (0, 84), (84, 0), (84, 84)):
+        table[top : top + 64, left : left + 64] = noise[:32, :32].repeat(2, 0).repeat(2, 1)
+    turned = np.asarray(dark(Image.fromarray(table)))
+    np.testing.assert_array_equal(turned[84:, 84:, :3], table[84:, 84:])
+    assert turned[64:84, :, 3].max() == turned[:, 64:84, 3].max() == 0
+
+    chart = np.tile(ground, (108, 150, 1))  # one with a colour bar, its tick and the label of that
+    chart[4:104, 4:104], chart[4:104, 112:124] = noise[:50].repeat(2, 0).repeat(2, 1), noise[:50, :12].repeat(2, 0)
+    chart[4, 124:128], chart[2:8, 132:138] = ink, ink
+    turned = np.asarray(dark(Image.fromarray(chart)))
+    for left, right in ((4, 104), (112, 124)):
+        np.testing.assert_array_equal(turned[4:104, left:right, :3], chart[4:104, left:right])
+    assert (turned[60, 108, 3], turned[4, 126, 0], turned[4, 135, 0]) == (0, 255, 255)
+
     page = np.tile(ground, (300, 500, 1))  # the same laid out freely, the photographs large
     page[20:40, 4:10], page[100:220, 100:300] = ink, np.kron(noise[:12, :20], np.ones((10, 10, 1), np.uint8))
     turned = np.asarray(dark(Image.fromarray(page), free=True))

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import itertools
 import json
 import re
 from html import unescape
@@ -60,6 +61,18 @@ def test_the_map_is_what_the_script_draws_with_every_chapter_and_modules_that_ex
     for kind, drawn in (("wide", script.wide_map()), ("tall", script.tall_map())):
         assert (BOOK / "_static" / f"front-map-{kind}.svg").read_text(encoding="utf-8") == drawn
         assert {link["href"] for link in BeautifulSoup(drawn, "html.parser").select("a")} == {f"{name}.html" for name in CHAPTERS}
+
+
+@pytest.mark.parametrize("kind", ["wide", "tall"])
+def test_the_links_of_the_map_lie_inside_of_it_and_beside_each_other(kind):
+    drawn = BeautifulSoup((BOOK / "_static" / f"front-map-{kind}.svg").read_text(encoding="utf-8"), "html.parser")
+    left, top, width, height = (float(edge) for edge in drawn.svg["viewbox"].split())
+    bars = [[float(bar[name]) for name in ("x", "y", "width", "height")] for bar in drawn.select("a rect")]
+    for x, y, w, h in bars:
+        assert left <= x < x + w <= left + width
+        assert top <= y < y + h <= top + height
+    for (x, y, w, h), (other_x, other_y, other_w, other_h) in itertools.combinations(bars, 2):
+        assert x + w <= other_x or other_x + other_w <= x or y + h <= other_y or other_y + other_h <= y
 
 
 def test_a_map_without_a_chapter_is_refused(monkeypatch):

@@ -34,6 +34,10 @@ RULES = [  # pattern, what replaces it
     ),
     (r"(<td[^>]*>)<p>([^<]*\d) ± (\d[^<]*</p></td>)", r'\1<p class="spread">\2 ±&nbsp;\3'),
     (r"(<td[^>]*>)<p>([^<]*\d) \(([\d.]+) to ([\d.]+\)</p></td>)", r'\1<p class="spread">\2 (\3&nbsp;to&nbsp;\4'),
+    (r"([^<> ]) = ([^<> ]+</p></t[dh]>)", r"\1&nbsp;=&nbsp;\2"),
+    (r"<td><p>(\d{4}-\d\d-\d\d)</p>", r'<td><p class="unbroken">\1</p>'),
+    # The two hyphens of an option are not torn apart.
+    (r'<span class="pre">(-[^<]{1,20})</span>', r'<span class="pre option">\1</span>'),
     # A table that scrolls inside its box on a phone is reached by keyboard.
     (r'<table class="table', r'<table tabindex="0" class="table'),
     # A role that ARIA dropped; the list around it stays.

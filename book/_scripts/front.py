@@ -66,15 +66,6 @@ CHAPTERS = {  # the chapter, its name on the map, its first and its last step
     "codes": ("Codes from a list", 4, 4),
     "modern": ("Latent diffusion", 4, 4),
 }
-# how far below the first bar of its row another stands
-LANES = {
-    "cifar-conv": 30,
-    "on-a-gpu": 60,
-    "uses": 60,
-    "compression": 30,
-    "codes": 30,
-    "modern": 30,
-}
 # Colours are the page's, light and dark; alone, the file has the light ones.
 STYLE = """
 .route { font: 13px system-ui, sans-serif; fill: var(--pst-color-text-base, #222832); }
@@ -193,39 +184,46 @@ def station(x, y, width, height, step, lines, what_x, anchor):
 
 def wide_map():
     """Two rows of four steps, with bars for the chapters below."""
-    parts, step_x, box, low, rows = [], 188, 164, 98, (8, 232)
+    parts, step_x, box, low, rows = [], 191, 170, 98, (8, 232)
     for i, step in enumerate(STEPS):
         x, y = i % 4 * step_x, rows[i // 4]
         parts += station(x, y, box, low, step, textwrap.wrap(", ".join(step[2]), 20), x + 12, "start")
         if i % 4 < 3:
             middle = y + low // 2
-            parts.append(f'<path class="way" d="M{x + box + 3} {middle}h12"/>')
-            parts.append(f'<path class="head" d="M{x + box + 14} {middle - 5}l8 5l-8 5z"/>')
+            parts.append(f'<path class="way" d="M{x + box + 2} {middle}h11"/>')
+            parts.append(f'<path class="head" d="M{x + box + 12} {middle - 5}l8 5l-8 5z"/>')
     right = 3 * step_x + box
     parts.append(f'<path class="way" d="M{right + 2} {rows[0] + low // 2}h8q8 0 8 8v142q0 8 -8 8H{box // 2 + 8}q-8 0 -8 8v4"/>')
     parts.append(f'<path class="head" d="M{box // 2 - 5} {rows[1] - 9}l5 8l5 -8z"/>')
+    lanes = []  # the steps over which each bar of a lane stands, the lanes from above
     for file, (_, first, last) in CHAPTERS.items():
-        row = first // 4
-        lane = rows[row] + low + 6 + LANES.get(file, 0)
-        parts.append(link(file, first % 4 * step_x, lane, (last - first) * step_x + box))
-    return svg("wide", right + 20, rows[1] + low + 40, parts)
+        own = set(range(first, last + 1))
+        lane = next((i for i, taken in enumerate(lanes) if not taken & own), len(lanes))
+        lanes[lane:] = [own | taken for taken in lanes[lane : lane + 1] or [set()]] + lanes[lane + 1 :]
+        y = rows[first // 4] + low + 6 + 30 * lane
+        parts.append(link(file, first % 4 * step_x, y, (last - first) * step_x + box))
+    return svg("wide", right + 20, rows[1] + low + 10 + 30 * len(lanes), parts)
 
 
 def tall_map():
     """One column of steps, each with the links of its chapters, for narrow screens."""
-    parts, width, high, x = [], 340, 88, 20
+    parts, width, x, y = [], 340, 20, 1
     for i, step in enumerate(STEPS):
-        y = 1 + i * (high + 10)
-        parts.append(f'<path class="way" d="M7 {y + 19 if i else y + 24}V{y + (high + 10 + 19 if i < len(STEPS) - 1 else 24)}"/>')
-        parts.append(f'<circle class="dot" cx="7" cy="{y + 19}" r="5"/>')
-        parts += station(x, y, width - x - 1, high, step, [", ".join(step[2])], width - 12, "end")
-        left = x + 12
+        lines = textwrap.wrap(", ".join(step[2]), 36)
+        left, top, links = x + 12, y + 38 + 16 * len(lines), []
         for file, (name, first, last) in CHAPTERS.items():
             if first <= i <= last:
                 size = 8 * len(name) + 36
-                parts.append(link(file, left, y + 54, size))
+                if left + size > width - 12:
+                    left, top = x + 12, top + 34
+                links.append(link(file, left, top, size))
                 left += size + 10
-    return svg("tall", width, len(STEPS) * (high + 10), parts)
+        high = top + 34 - y
+        parts.append(f'<path class="way" d="M7 {y + 19 if i else y + 24}V{y + (high + 10 + 19 if i < len(STEPS) - 1 else 24)}"/>')
+        parts.append(f'<circle class="dot" cx="7" cy="{y + 19}" r="5"/>')
+        parts += station(x, y, width - x - 1, high, step, lines, width - 12, "end") + links
+        y += high + 10
+    return svg("tall", width, y - 1, parts)
 
 
 def check():
