@@ -344,6 +344,16 @@ def test_each_row_of_the_mnist_tables_is_of_three_trainings_as_the_chapter_says(
     assert {name: row["metrics"]["seeds"] for name, row in rows.items() if row["metrics"]["seeds"] != [0, 1, 2]} == {}
 
 
+def test_the_order_of_the_priors_of_digits_holds_between_any_two_of_three_fits():
+    rows = json.loads((ROOT / "results" / "diffusion-rows.json").read_text())
+    kinds = [f"digits-{name}" for name in ("mixture", "diffusion-cpu", "second-stage")]  # from the best to the worst
+    assert [rows["summary"]["metrics"][kind]["seeds"] for kind in kinds] == [3, 3, 3]
+    fits = [[rows[f"{kind}-{seed}"]["metrics"] for seed in range(3)] for kind in kinds]
+    for better, worse in zip(fits, fits[1:], strict=False):
+        assert min(fit["gain"] for fit in better) > max(fit["gain"] for fit in worse)
+        assert max(fit["frechet"] for fit in better) < min(fit["frechet"] for fit in worse)
+
+
 def test_over_the_256_levels_the_two_gaussians_change_places():
     assert min(trainings("gaussian-learned", "elbo")) > max(trainings("gaussian-1", "elbo")) + 500
     assert max(trainings("gaussian-learned", "over_levels")) < min(trainings("gaussian-1", "over_levels")) - 100

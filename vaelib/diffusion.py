@@ -25,7 +25,7 @@ from vaelib.data import ImageSet
 from vaelib.graphs import Replayed
 from vaelib.heldout import evaluating
 from vaelib.objectives import gaussian_kl
-from vaelib.priors import posterior_samples
+from vaelib.priors import codes_to_fit
 from vaelib.storage import atomic, write_tensors
 from vaelib.vae import VAE
 
@@ -52,17 +52,14 @@ class Schedule(NamedTuple):
         """Times -> log-SNRs, of one shape."""
         if self.name == "linear":
             return self.high + (self.low - self.high) * t
-        return -2 * self.log_ratio(self.inner(t))
+        inner = self.inner(t)
+        return -2 * ((math.pi / 2 * inner).tan().log() if self.name == "cosine" else inner.log() - (1 - inner).log())
 
     def inner(self, t: Tensor) -> Tensor:
         """The time of the schedule that is not cut: at it sigma / alpha is tan(pi t / 2), or t / (1 - t)."""
         ends = [math.exp(-end / 2) for end in (self.high, self.low)]  # sigma / alpha
         first, last = (2 / math.pi * math.atan(end) if self.name == "cosine" else end / (1 + end) for end in ends)
         return first + (last - first) * t
-
-    def log_ratio(self, t: Tensor) -> Tensor:
-        """log(sigma / alpha) at `inner` times."""
-        return (math.pi / 2 * t).tan().log() if self.name == "cosine" else t.log() - (1 - t).log()
 
     def slope(self, t: Tensor) -> Tensor:
         """The derivative of the log-SNR in t, below 0."""
@@ -220,6 +217,9 @@ class MapDenoiser(nn.Module):
         return out
 
 
+Network = MLPDenoiser | MapDenoiser
+
+
 def denoising_loss(
     network: Callable[..., Tensor],
     schedule: Schedule,
@@ -357,9 +357,7 @@ class DiffusionPrior:
         history: mean loss of each twentieth of the training.
     """
 
-    def __init__(
-        self, network: MLPDenoiser | MapDenoiser, schedule: Schedule, mean: Tensor, std: Tensor, parameterization: str = "v"
-    ) -> None:
+    def __init__(self, network: Network, schedule: Schedule, mean: Tensor, std: Tensor, parameterization: str = "v") -> None:
         self.network, self.schedule, self.mean, self.std = network, schedule, mean, std
         self.parameterization = check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         self.num_classes, self.steps, self.stochastic = network.config["num_classes"], 100, True
@@ -379,15 +377,12 @@ class DiffusionPrior:
             guidance: 1 is p(z given label). Above, the label is followed more than it is true: the noise is taken for
                 eps(none) + guidance (eps(label) - eps(none)), and there is no density any more (Ho and Salimans 2022).
         """
-        if labels is not None and not self.num_classes:
-            raise ValueError("labels: got some, but this prior was fitted without them; fit_diffusion(..., labels=True)")
-        numbers = torch.as_tensor(-1 if labels is None else labels)
-        if (
-            numbers.dtype != torch.int64
-            or numbers.dim() > 1
-            or (labels is not None and ((numbers < 0) | (numbers >= self.num_classes)).any())
-        ):
-            raise ValueError(f"labels: got {describe(labels)}, expected classes from 0 to {self.num_classes - 1}")
+        if labels is not None:
+            if not self.num_classes:
+                raise ValueError("labels: got some, but this prior was fitted without them; fit_diffusion(..., labels=True)")
+            numbers = torch.as_tensor(labels)
+            if numbers.dtype != torch.int64 or numbers.dim() > 1 or ((numbers < 0) | (numbers >= self.num_classes)).any():
+                raise ValueError(f"labels: got {describe(labels)}, expected classes from 0 to {self.num_classes - 1}")
         new = copy.copy(self)
         new.labels, new.guidance = labels, check_number("guidance", guidance)
         return new
@@ -406,14 +401,14 @@ class DiffusionPrior:
 
         return guided
 
-    def labels_of(self, num: int) -> Tensor | None:
-        """The labels of `num` codes, on the device; None where there are none."""
+    def labels_of(self, num: int, size: int) -> list[Tensor | None]:
+        """The labels of `num` codes, on the device, for parts of at most `size` codes; None for each part where there are none."""
         if self.labels is None:
-            return None
+            return [None] * max(1, -(-num // size))
         labels = torch.as_tensor(self.labels, device=self.device)
         if labels.dim() and len(labels) != num:
             raise ValueError(f"labels: got {len(labels)} for {num} codes, expected as many, or one class for all")
-        return labels.expand(num)
+        return list(labels.expand(num).split(size))
 
     def bound(self, z: Tensor, steps: int | None = None, num_draws: int = 64, seed: int = 0, batch_size: int = 1000) -> Tensor:
         """A lower bound on log p(z) of codes (N, L): (N,), nats, on the CPU; not log p(z) itself. See `diffusion_elbo`.
@@ -424,28 +419,25 @@ class DiffusionPrior:
             raise ValueError(f"z: got {describe(z)}, expected shape (N, {len(self.mean)})")
         if self.labels is not None and self.guidance != 1:
             raise ValueError(f"guidance: got {self.guidance}, expected 1: guided samples have no density, and no bound")
-        generator, labels = torch.Generator().manual_seed(check_seed("seed", seed)), self.labels_of(len(z))
+        generator = torch.Generator().manual_seed(check_seed("seed", seed))
         schedule = self.schedule if steps else self.schedule._replace(name="linear")
+        x, size = (z.cpu() - self.mean) / self.std, check_int("batch_size", batch_size)
         with evaluating(self.network):
-            parts, start = [], 0
-            for part in ((z.cpu() - self.mean) / self.std).split(check_int("batch_size", batch_size)):
-                own = None if labels is None else labels[start : start + len(part)]
-                terms = diffusion_elbo(self.denoiser(own), schedule, part.to(self.device), steps, num_draws, generator)
-                parts.append(terms.elbo.cpu())
-                start += len(part)
+            parts = [
+                diffusion_elbo(self.denoiser(labels), schedule, part.to(self.device), steps, num_draws, generator).elbo.cpu()
+                for part, labels in zip(x.split(size), self.labels_of(len(x), size), strict=True)
+            ]
         return torch.cat(parts) - self.std.log().sum()
 
     def sample(self, num: int, generator: torch.Generator | None = None) -> Tensor:
         """`num` codes (num, L), on the CPU: code i is the same, up to rounding, whatever `num` is."""
-        labels, parts, start = self.labels_of(check_int("num", num)), [], 0
-        width = len(self.mean) * (self.steps + 2 if self.stochastic else 1)
+        width, parts = len(self.mean) * (self.steps + 2 if self.stochastic else 1), []
         most = max(1, min(1000, 2**26 // width))  # numbers of noise at once: 256 MB
+        labels = self.labels_of(check_int("num", num), most)
         with evaluating(self.network):
-            while start < num:
+            for start, own in zip(range(0, num, most), labels, strict=True):
                 eps = noise.normal_rows(min(most, num - start), width, generator).unflatten(1, (-1, len(self.mean)))
-                own = None if labels is None else labels[start : start + len(eps)]
                 parts.append(self.from_noise(eps.to(self.device), own).cpu())
-                start += len(eps)
         return self.mean + self.std * torch.cat(parts)
 
     def from_noise(self, eps: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -503,7 +495,7 @@ class DenoiserStep:
 
     def __init__(
         self,
-        network: MLPDenoiser | MapDenoiser,
+        network: Network,
         x: Tensor,
         labels: Tensor | None,
         loss: Callable[..., Tensor],
@@ -549,7 +541,7 @@ class DenoiserStep:
 
 
 def fit_denoiser(
-    network: MLPDenoiser | MapDenoiser,
+    network: Network,
     schedule: Schedule,
     x: Tensor,
     labels: Tensor | None = None,
@@ -584,7 +576,7 @@ def fit_denoiser(
     return [part.mean().item() for part in step.trace.tensor_split(20) if len(part)]
 
 
-def make_denoiser(shape: Sequence[int], width: int, depth: int, num_classes: int) -> MLPDenoiser | MapDenoiser:
+def make_denoiser(shape: Sequence[int], width: int, depth: int, num_classes: int) -> Network:
     """`MLPDenoiser` for codes of shape (L,), `MapDenoiser` for (C, h, w)."""
     kind = MLPDenoiser if len(shape) == 1 else MapDenoiser
     return kind(shape, check_int("width", width), check_int("depth", depth), num_classes)
@@ -637,11 +629,8 @@ def fit_diffusion(
         if not isinstance(images, ImageSet) or not images.labelled:
             raise ValueError("labels: got True for images without labels, expected an ImageSet that has them")
         classes = images.classes
-    codes = posterior_samples(model, images, seed=seed)
-    if len(codes) < 2:
-        raise ValueError(f"images: got {len(codes)}, expected at least 2 to fit this prior")
+    codes, shape = codes_to_fit(model, images, seed, 2, math.inf), model.latent_shape
     mean, std = codes.mean(0), codes.std(0).clamp(min=1e-6)
-    shape = model.latent_shape
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it is
         torch.manual_seed(seed)
         network = make_denoiser(shape, width or (512 if len(shape) == 1 else 64), depth, len(classes)).to(model.device)

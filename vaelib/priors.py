@@ -36,10 +36,13 @@ def posterior_samples(model: VAE, images: ImageSet | Tensor, batch_size: int = 1
     return over_images(model, images, batch_size, seed, measure)[0]
 
 
-def codes_to_fit(model: VAE, images: ImageSet | Tensor, seed: int, least: int) -> Tensor:
-    """`posterior_samples` for a prior; ValueError for too large a z, or fewer than `least` images."""
-    if model.latent_dim > 1024:  # beyond lie latents in space, for which neither prior is meant
-        raise ValueError(f"model: got latent_dim {model.latent_dim}, expected at most 1024 to fit a prior to its codes")
+def codes_to_fit(model: VAE, images: ImageSet | Tensor, seed: int, least: int, most: float = 1024) -> Tensor:
+    """`posterior_samples` for a prior; ValueError for a z of more than `most` numbers, or fewer than `least` images.
+
+    Beyond 1024 lie latents in space, for which only a prior with a network for maps is meant.
+    """
+    if model.latent_dim > most:
+        raise ValueError(f"model: got latent_dim {model.latent_dim}, expected at most {most} to fit a prior to its codes")
     codes = posterior_samples(model, images, seed=seed)
     if len(codes) < least:
         raise ValueError(f"images: got {len(codes)}, expected at least {least} to fit this prior")
