@@ -217,7 +217,7 @@ class MapDenoiser(nn.Module):
         return out
 
 
-Network = MLPDenoiser | MapDenoiser
+NoiseNetwork = MLPDenoiser | MapDenoiser
 
 
 def denoising_loss(
@@ -357,7 +357,7 @@ class DiffusionPrior:
         history: mean loss of each twentieth of the training.
     """
 
-    def __init__(self, network: Network, schedule: Schedule, mean: Tensor, std: Tensor, parameterization: str = "v") -> None:
+    def __init__(self, network: NoiseNetwork, schedule: Schedule, mean: Tensor, std: Tensor, parameterization: str = "v") -> None:
         self.network, self.schedule, self.mean, self.std = network, schedule, mean, std
         self.parameterization = check_choice("parameterization", parameterization, PARAMETERIZATIONS)
         self.num_classes, self.steps, self.stochastic = network.config["num_classes"], 100, True
@@ -495,7 +495,7 @@ class DenoiserStep:
 
     def __init__(
         self,
-        network: Network,
+        network: NoiseNetwork,
         x: Tensor,
         labels: Tensor | None,
         loss: Callable[..., Tensor],
@@ -541,7 +541,7 @@ class DenoiserStep:
 
 
 def fit_denoiser(
-    network: Network,
+    network: NoiseNetwork,
     schedule: Schedule,
     x: Tensor,
     labels: Tensor | None = None,
@@ -576,7 +576,7 @@ def fit_denoiser(
     return [part.mean().item() for part in step.trace.tensor_split(20) if len(part)]
 
 
-def make_denoiser(shape: Sequence[int], width: int, depth: int, num_classes: int) -> Network:
+def make_denoiser(shape: Sequence[int], width: int, depth: int, num_classes: int) -> NoiseNetwork:
     """`MLPDenoiser` for codes of shape (L,), `MapDenoiser` for (C, h, w)."""
     kind = MLPDenoiser if len(shape) == 1 else MapDenoiser
     return kind(shape, check_int("width", width), check_int("depth", depth), num_classes)
