@@ -426,7 +426,9 @@ def test_a_foreign_file_of_a_name_that_training_writes_is_not_replaced_unasked(n
 
 def test_two_trainings_into_one_folder_at_once_do_not_mix(vaelib_here, tmp_path):
     (tmp_path / "run").mkdir()
-    code = "import sys, filelock; filelock.FileLock(sys.argv[1]).acquire(); print('held', flush=True); sys.stdin.read()"
+    code = (
+        "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+    )
     command = [sys.executable, "-c", code, str(tmp_path / "run" / LOCK)]  # what a training holds, in a process without torch
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
