@@ -71,7 +71,7 @@ STYLE = """
 .route { font: 13.3px system-ui, sans-serif; fill: var(--pst-color-text-base, #222832); }
 .route .box { fill: var(--pst-color-surface, #f5f6f7); stroke: var(--pst-color-border, #b9bfc7); }
 .route .step { font-size: 16px; font-weight: 600; }
-.route .module { font: 13.3px ui-monospace, monospace; fill: var(--pst-color-text-muted, #48566b); }
+.route .module { font: 13.3px ui-monospace, monospace; letter-spacing: -0.35px; fill: var(--pst-color-text-muted, #48566b); }
 .route .way { fill: none; stroke: var(--pst-color-text-muted, #48566b); stroke-width: 2; }
 .route .dot, .route .head { fill: var(--pst-color-text-muted, #48566b); }
 .route a rect { fill: var(--pst-color-background, #fff); stroke: var(--pst-color-link, #0f5bc4); }
