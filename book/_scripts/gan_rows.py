@@ -1,14 +1,16 @@
 """Train the GAN of the chapter `generation` three times: `python book/_scripts/gan_rows.py [gan-0 stages ...]`, default: all missing.
 
-Each `gan-SEED` is one training, on a GPU where there is one, scored as it goes with the chapter's protocol. Its clock is CPU time
-without the scoring, so that a busy machine does not lengthen it. It keeps the scores at each checkpoint, and for the last one samples,
-as a picture. `stages` fits the
-second stage in several sizes to the codes of the chapter's VAE, trained with the seed 0 by `sample_rows.py`, and scores held-out codes.
-Records go to results/gan-rows.json; "summary" has the mean and the standard deviation over the GANs' trainings.
+Each `gan-SEED` is one training, scored as it goes with the chapter's protocol: of 256 epochs where there is a GPU, which replays whole
+steps from a CUDA graph, and of 16 where there is none. Scored beside the generator is the running mean of its weights. The clock is CPU
+time without the scoring, so that a busy machine does not lengthen it, and wall time on a GPU. A record keeps the scores at each
+checkpoint, and for the last one samples, as a picture. `--minutes M` ends at the first checkpoint after so long. `stages` fits the second
+stage in several sizes to the codes of the chapter's VAE, trained with the seed 0 by `sample_rows.py`, and scores held-out codes. Records
+go to results/gan-rows.json; "summary" has the mean and the standard deviation over the GANs' trainings.
 """
 
 import argparse
 import base64
+import copy
 import io
 import json
 import math
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import vaelib
 from vaelib.book.ledger import entry
@@ -37,7 +40,8 @@ LEDGER = ROOT / "results" / "gan-rows.json"
 SEEDS = (0, 1, 2)
 BATCH, LATENTS, WIDTH, N = 64, 64, 32, 10000
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CHECKPOINTS = (1, 2, 4, 6, 8, 10, 12, 14, 16) + ((24, 32, 48, 64) if DEVICE.type == "cuda" else ())  # epochs
+CHECKPOINTS = (1, 2, 4, 8, 12, 16) + ((24, 32, 48, 64, 96, 128, 160, 192, 224, 256) if DEVICE.type == "cuda" else ())  # epochs
+DECAY = 0.999  # of the mean of the generator's weights, a step
 STAGES = {
     "as in the chapter": {},
     "its own scales": None,  # `OwnScales`
@@ -66,57 +70,110 @@ def networks(seed):
     return [net.to(DEVICE, memory_format=torch.channels_last) for net in (generator, discriminator)]
 
 
-def gan(seed):
+class Game:
+    """Generator, its running mean, and discriminator, with their step; on a GPU it is recorded once and replayed."""
+
+    def __init__(self, seed):
+        self.generator, self.discriminator = networks(seed)
+        self.mean = copy.deepcopy(self.generator).eval()
+        options = {"lr": 2e-4, "betas": (0.5, 0.999), "fused": True, "capturable": DEVICE.type == "cuda"}
+        self.optimizers = [torch.optim.Adam(net.parameters(), **options) for net in (self.generator, self.discriminator)]
+        self.states = [[v for v in net.state_dict().values() if v.is_floating_point()] for net in (self.mean, self.generator)]
+        self.average, self.steps, self.graph = get_ema_multi_avg_fn(DECAY), 0, None
+
+    def play(self, pixels, noise):
+        """One step of both: levels (N, 1, 28, 28), noise (N, LATENTS)."""
+        half, softplus = torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=False), nn.functional.softplus
+        step_g, step_d = self.optimizers
+        with half:
+            fake = self.generator(noise)
+            told = self.discriminator(pixels / 255).float(), self.discriminator(fake.detach()).float()
+        step_d.zero_grad()
+        (softplus(-told[0]) + softplus(told[1])).mean().backward()
+        step_d.step()
+        self.discriminator.requires_grad_(False)
+        with half:
+            told = self.discriminator(fake).float()
+        step_g.zero_grad()
+        softplus(-told).mean().backward()
+        step_g.step()
+        self.discriminator.requires_grad_(True)
+        self.average(*self.states, None)
+
+    def step(self, pixels, noise):
+        """The same, replayed where it can be: the first steps, which make the optimizers' states, and a batch of another size cannot."""
+        self.steps += 1
+        if DEVICE.type != "cuda" or self.steps <= 5 or len(pixels) != BATCH:
+            return self.play(pixels, noise)
+        if self.graph is None:
+            self.given = pixels.clone(), noise.clone()
+            self.graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(self.graph):  # records, and takes no step
+                self.play(*self.given)
+        for into, value in zip(self.given, (pixels, noise), strict=True):
+            into.copy_(value)
+        self.graph.replay()
+
+
+def sampled(generator, num, seed):
+    """Images as levels, (num, 1, 28, 28), of the generator as it is when it is used: with its running means and variances."""
+    training = generator.training
+    generator.eval()
+    with torch.no_grad():
+        z = torch.randn(num, LATENTS, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        pixels = torch.cat([(255 * generator(part)).round().to(torch.uint8) for part in z.split(500)]).cpu()
+    generator.train(training)
+    return pixels
+
+
+def gan(seed, left=lambda: math.inf):
     """The record of one training: scores against epochs and seconds."""
     began = time.perf_counter()
     images, test = vaelib.load_images("mnist"), vaelib.load_images("mnist", "test")
     train, _ = vaelib.train_valid_split(images, len(images) // 12, seed=0)
-    generator, discriminator = networks(seed)
-    half = torch.autocast(DEVICE.type, torch.bfloat16)
-    step_g, step_d = (torch.optim.Adam(n.parameters(), 2e-4, betas=(0.5, 0.999), fused=True) for n in (generator, discriminator))
-    draw, softplus = torch.Generator().manual_seed(seed), nn.functional.softplus
-    net, kinds = mnist_features(), {"grey": lambda p: p, "drawn": lambda p: drawn(p, 1), "thresholded": thresholded}
+    game, here, draw = Game(seed), train.to(DEVICE), torch.Generator().manual_seed(seed)
+    net, kinds = mnist_features().to(DEVICE), {"grey": lambda p: p, "drawn": lambda p: drawn(p, 1), "thresholded": thresholded}
     real = {kind: features_of(net, drawn(test.pixels, 0) if kind == "drawn" else of(test.pixels)) for kind, of in kinds.items()}
 
-    def samples(num, seed):
-        generator.eval()
-        with torch.no_grad():
-            z = torch.randn(num, LATENTS, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-            pixels = torch.cat([(255 * generator(part)).round().to(torch.uint8) for part in z.split(500)]).cpu()
-        generator.train()
-        return pixels
+    def clock():
+        if DEVICE.type != "cuda":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     curve, seconds = [], 0.0
     for epoch in range(1, CHECKPOINTS[-1] + 1):
-        clock = time.process_time()
-        for pixels in vaelib.minibatches(train.to(DEVICE), BATCH, draw):
-            with half:
-                fake = generator(torch.randn(len(pixels), LATENTS, generator=draw).to(DEVICE))
-                told = discriminator(pixels / 255).float(), discriminator(fake.detach()).float()
-            step_d.zero_grad()
-            (softplus(-told[0]) + softplus(told[1])).mean().backward()
-            step_d.step()
-            discriminator.requires_grad_(False)
-            with half:
-                told = discriminator(fake).float()
-            step_g.zero_grad()
-            softplus(-told).mean().backward()
-            step_g.step()
-            discriminator.requires_grad_(True)
-        seconds += time.process_time() - clock
+        at = clock()
+        for pixels in vaelib.minibatches(here, BATCH, draw):
+            game.step(pixels, torch.randn(len(pixels), LATENTS, generator=draw).to(DEVICE))
+        seconds += clock() - at
         if epoch in CHECKPOINTS:
-            pixels = samples(N, 1)
+            pixels = sampled(game.generator, N, 1)
             features = {kind: features_of(net, of(pixels)) for kind, of in kinds.items()}
             scores = {kind: frechet_distance(real[kind], features[kind]) for kind in kinds}
+            scores["averaged"] = frechet_distance(real["thresholded"], features_of(net, thresholded(sampled(game.mean, N, 1))))
             curve.append({"epoch": epoch, "seconds": round(seconds, 1), **scores})
-            print(f"gan-{seed}: epoch {epoch:3}, {seconds:4.0f} s, thresholded {scores['thresholded']:.1f}", flush=True)
+            shown = f"thresholded {scores['thresholded']:.1f}, averaged {scores['averaged']:.1f}"
+            print(f"gan-{seed}: epoch {epoch:3}, {seconds:4.0f} s, {shown}", flush=True)
+            if left() <= 0:
+                break
     some = torch.randperm(N, generator=torch.Generator().manual_seed(0))[:1000]
-    near = nearest_training_images(pixels[some], train).distances
-    scores = manifold_scores(real["thresholded"], features["thresholded"])._asdict()
-    final = curve[-1] | scores | {"nearest": near.median().item(), "nearest_hundredth": near.quantile(0.01).item()}
-    row = Image.fromarray(samples(14, 2)[:, 0].permute(1, 0, 2).reshape(28, -1).numpy())  # side by side, as (28, 14 * 28)
+
+    def judged(generator):
+        """All scores of 10000 samples."""
+        pixels = sampled(generator, N, 1)
+        features = {kind: features_of(net, of(pixels)) for kind, of in kinds.items()}
+        scores = {kind: frechet_distance(real[kind], features[kind]) for kind in kinds}
+        near = nearest_training_images(pixels[some], train).distances
+        scores |= manifold_scores(real["thresholded"], features["thresholded"])._asdict()
+        return scores | {"nearest": near.median().item(), "nearest_hundredth": near.quantile(0.01).item()}
+
+    side_by_side = sampled(game.generator, 14, 2)[:, 0].permute(1, 0, 2).reshape(28, -1)  # (28, 14 * 28)
+    row = Image.fromarray(side_by_side.numpy())
     row.save(png := io.BytesIO(), format="png", optimize=True)
-    metrics = {"curve": curve, "final": final, "samples": base64.b64encode(png.getvalue()).decode(), "num_images": N}
+    metrics = {"curve": curve, "final": curve[-1] | judged(game.generator), "mean": judged(game.mean)}
+    metrics |= {"samples": base64.b64encode(png.getvalue()).decode(), "num_images": N}
     return entry(f"python book/_scripts/gan_rows.py gan-{seed}", seed, time.perf_counter() - began, metrics)
 
 
@@ -214,20 +271,29 @@ def summary(records):
         return {"mean": statistics.mean(values), "sd": statistics.stdev(values), "each": list(values)}
 
     keys = [key for key in curves[-1][-1] if all(key in point for curve in curves for point in curve)]
-    points = [{key: spread([point[key] for point in points]) for key in keys} for points in zip(*curves, strict=True)]
+    points = [{key: spread([point[key] for point in points]) for key in keys} for points in zip(*curves, strict=False)]
     final = {key: spread([each[key] for each in finals]) for key in finals[0]}
-    metrics = {"curve": points, "final": final, "trainings": len(records)}
+    means = [record["metrics"]["mean"] for record in records]
+    mean = {key: spread([each[key] for each in means]) for key in means[0]}
+    metrics = {"curve": points, "final": final, "mean": mean, "trainings": len(records)}
     return entry("python book/_scripts/gan_rows.py", 0, sum(record["seconds"] for record in records), metrics)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="gan-0, gan-1, gan-2 or stages; default: those that the ledger lacks")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which a training ends, at its next checkpoint")
+    asked = parser.parse_args()
+    end = time.monotonic() + 60 * asked.minutes
+
+    def left():
+        return end - time.monotonic()
+
     done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
     missing = [f"gan-{seed}" for seed in SEEDS if f"gan-{seed}" not in done]
     missing += ["stages"] if any(f"stage, {name}" not in done for name in STAGES) else []
-    for name in parser.parse_args().names or missing:
-        for key, record in stages() if name == "stages" else [(name, gan(int(name.removeprefix("gan-"))))]:
+    for name in asked.names or missing:
+        for key, record in stages() if name == "stages" else [(name, gan(int(name.removeprefix("gan-")), left))]:
             done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
             done[key] = record
             gans = [value for key, value in sorted(done.items()) if key.startswith("gan-")]
