@@ -113,7 +113,7 @@ def timed_samples(model, prior, num, seed=1):
 
 
 def digits(name, seed, setting):
-    """A source of codes for the released VAE of digits: `name` is prior, mixture, second-stage, or diffusion-BUDGET."""
+    """A source of codes for the released VAE of digits: `name` is prior, mixture[-COMPONENTS], second-stage, or diffusion-BUDGET."""
     train, test = setting.mnist
     model, net = vaelib.load("mnist-mlp").to(DEVICE), mnist_features().to(DEVICE)
     z, real = posterior_samples(model, test), features_of(net, thresholded(test.pixels))
@@ -122,8 +122,10 @@ def digits(name, seed, setting):
         prior = fit_diffusion(model, train, labels=True, seed=seed, **setting.few(BUDGETS[name.removeprefix("diffusion-")]))
     elif name == "prior":
         prior = None
+    elif name.startswith("mixture"):
+        prior = fit_mixture(model, train, int(name[len("mixture-") :] or 50), seed)
     else:
-        prior = fit_mixture(model, train, 50, seed) if name == "mixture" else fit_second_stage(model, train, seed=seed)
+        prior = fit_second_stage(model, train, seed=seed)
     row = {"fit_seconds": now() - began}
     pixels, times = timed_samples(model, prior, setting.num, 1 + seed)
     row |= times | scores(net, real, pixels) | {"num_images": setting.num}
@@ -138,7 +140,7 @@ def digits(name, seed, setting):
         row |= sampled(model, prior, net, real, setting, SAMPLERS[budget])
         row |= guided(model, prior, net, real, setting, WEIGHTS[budget])
         row |= {"loss": prior.history, "parameters": sum(p.numel() for p in prior.network.parameters())}
-    elif name == "mixture":
+    elif name.startswith("mixture"):
         gain = prior.log_prob(z) - standard
     elif name == "second-stage":
         x = ((z - prior.mean) / prior.std)[:, :, None, None]
@@ -367,7 +369,7 @@ def all_rows():
     """Name -> (where it is made, kind, seed, what makes it of a `Setting`), in the order of their worth."""
     rows = {"digits-prior-0": ("cpu", "digits-prior", 0, lambda s: digits("prior", 0, s))}
     for seed in SEEDS:
-        for name in ("mixture", "second-stage", "diffusion-cpu"):
+        for name in ("mixture", "mixture-100", "mixture-200", "second-stage", "diffusion-cpu"):
             rows[f"digits-{name}-{seed}"] = ("cpu", f"digits-{name}", seed, functools.partial(digits, name, seed))
     fits = {
         f"digits-diffusion-gpu-{s}": ("gpu", "digits-diffusion-gpu", s, functools.partial(digits, "diffusion-gpu", s))
