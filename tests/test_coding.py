@@ -197,6 +197,15 @@ def test_exact_networks_do_not_see_the_order_of_their_sums_and_plain_ones_do():
     assert torch.equal(fixed.exact_model(model).decode(z)[:1], fixed.exact_model(model).decode(z[:1]))
 
 
+def test_an_exact_model_has_no_parameters_and_is_scored_as_any_other():
+    model, images = vaelib.load("mnist-mlp"), vaelib.load_images("digits", "test")[:10]
+    exact = fixed.exact_model(model)
+    assert exact.device.type == "cpu"
+    assert not list(exact.encoder.parameters())
+    found, plain = (vaelib.heldout_elbo(one, images).elbo for one in (exact, model))
+    torch.testing.assert_close(found, plain, atol=0.05, rtol=0)
+
+
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "tanh", "gelu", "silu"])
 def test_exact_networks_are_near_the_plain_ones(activation):
     torch.manual_seed(1)

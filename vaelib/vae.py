@@ -10,6 +10,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -62,8 +63,8 @@ class VAE(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the weights are; of a model without any, where its buffers are, or the CPU."""
+        return next(chain(self.parameters(), self.buffers()), torch.empty(0, device="cpu")).device
 
     def given(self, labels: int | Tensor | None, validate: bool = True) -> VAE:
         """The model for images with these labels: itself, but for a `ConditionalVAE`."""
