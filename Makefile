@@ -43,7 +43,7 @@ test-notebooks: $(READY) ## the second half
 	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX) $(EVERY_NOTEBOOK))
 
 test-real: $(READY) ## tests on the real data sets in $VAELIB_DATA
-	$(BIN)/python -m pytest tests -m real_data
+	$(ONE_THREAD) $(BIN)/python -m pytest tests -m real_data $(EVERY_CORE)
 
 book: $(READY) ## render the book to _build/html/index.html
 	$(RENDER)
