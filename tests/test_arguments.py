@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import vaelib
 from vaelib import _validation, cli, likelihoods, priors, storage
 from vaelib._validation import help_at
-from vaelib.book.ledger import record
+from vaelib.book.ledger import finished, record
 from vaelib.book.plotting import latent_scatter, show_images, training_curves
 from vaelib.data import load_folder, read_image
 from vaelib.evaluation import active_units, annealed_log_likelihood
@@ -309,6 +309,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_taken(kind, home, digits,
     monkeypatch.setenv("VAELIB_RESULTS", "~/results")
     record("row", "command", 0, 1.0, {})
     assert (home / "results" / "row.json").is_file()
+    assert finished("row", kind("~/results")) == {"row": {}}
     monkeypatch.setenv("VAELIB_DATA", "~/data")
     assert vaelib.data.data_folder() == home / "data"
     with pytest.raises(vaelib.data.DataNotFoundError, match=f"is not in {home / 'other'}"):

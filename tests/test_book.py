@@ -286,6 +286,50 @@ def test_no_chapter_defines_what_the_library_has():
             assert not defined & public, defined & public
 
 
+def careless_reads(source):
+    """Reads of results in a cell that does not ask for the file: `Path.read_text` without `exists`, any other call but two."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    of = {
+        call: (getattr(call.func, "id", getattr(call.func, "attr", "")), ast.unparse(getattr(call.func, "value", call)))
+        for call in calls
+    }
+    asked = {path for name, path in of.values() if name == "exists"}
+    careless = [call for call, (name, path) in of.items() if name in ("read_text", "open") and path not in asked | {"Image"}]
+    for call in calls:
+        named = any(
+            "../results" in str(part.value) for text in call.args for part in ast.walk(text) if isinstance(part, ast.Constant)
+        )
+        inner = any(isinstance(part, ast.Call) for text in call.args for part in ast.walk(text))  # which is looked at by itself
+        careless += [call] if named and not inner and of[call][0] not in ("Path", "finished", "ledger_table") else []
+    return [ast.unparse(call) for call in careless]
+
+
+@pytest.mark.parametrize(
+    ("source", "careless"),
+    [
+        ('json.loads(Path("../results/a.json").read_text())', True),
+        ('path = Path("../results/a.json")\nfound = json.loads(path.read_text())', True),
+        ('other, path = Path(f"../results/{name}.json"), Path("b")\nfound = other.read_text() if path.exists() else ""', True),
+        ('json.load(open("../results/a.json"))', True),
+        ("with path.open() as file:\n    found = json.load(file)", True),
+        ('numpy.load("../results/a.npy")', True),
+        ('path = Path("../results/a.json")\nfound = json.loads(path.read_text()) if path.exists() else {}', False),
+        ('ledger_table("../results/a.json", rows, columns, "A.", "tab-a", "row")', False),
+        ('rows = finished("a")', False),
+    ],
+)
+def test_a_read_that_stops_a_reader_who_has_no_results_is_seen(source, careless):
+    assert bool(careless_reads(source)) == careless
+
+
+@pytest.mark.parametrize("path", sorted(BOOK.rglob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_chapter_asks_for_results_before_it_reads_them(path):
+    """On Colab a chapter is alone in its folder. That it then runs to its end is tried by `make colab-check`."""
+    for cell in notebook(path).cells:
+        if cell.cell_type == "code":
+            assert careless_reads(re.sub(r"^(\s*)%.*$", r"\1pass", cell.source, flags=re.MULTILINE)) == [], cell.id
+
+
 def test_citations_are_in_the_bibliography():
     known = set(re.findall(r"^@\w+\{([^,]+),", (BOOK / "references.bib").read_text(), re.MULTILINE))
     texts = [prose(name) for name in CHAPTERS] + [page.read_text() for page in BOOK.glob("*.md")]

@@ -232,9 +232,9 @@ def test_a_convolutional_model_is_trained_resumed_and_evaluated(vaelib_here, tmp
 
 def test_a_hierarchical_model_is_trained_with_the_arguments_of_its_function(vaelib_here, tmp_path):
     options = {"levels": [[2, 1], [1, 1]], "width": 8, "bottleneck": 4, "blocks": 1}
-    small = ("--data", "digits", "--model", "hierarchical", "--likelihood", "discretized_logistic")
+    small = ("--data", "digits", "--model", "hierarchical", "--likelihood", "discretized_logistic", "--valid-size", 1000)
     small += ("--model-options", json.dumps(options))
-    done = vaelib_here("train", *small, "--epochs", "1", "--batch-size", "512", "--device", "cpu", "--out", tmp_path, "--json")
+    done = vaelib_here("train", *small, "--epochs", "1", "--batch-size", "128", "--device", "cpu", "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     model = vaelib.load(tmp_path)
     assert model.latent_shapes == [(2, 14, 14), (1, 28, 28)]
@@ -253,7 +253,7 @@ def test_a_vq_vae_gets_a_prior_over_its_codes_and_is_sampled_from_it(vaelib_here
     result = json.loads(vaelib_here("evaluate", tmp_path / "vq", "--json").stdout)
     assert result["kl"] < summary["train_kl"]
     sheet = tmp_path / "vq.png"
-    assert vaelib_here("sample", tmp_path / "vq", "--out", sheet).returncode == 0
+    assert vaelib_here("sample", tmp_path / "vq", "--out", sheet, "--num-images", 4).returncode == 0
     assert Image.open(sheet).size[0] > 28
     refused = vaelib_here("train", *QUICK, "--code-prior-epochs", 1, "--out", tmp_path / "no")
     assert refused.returncode == 2

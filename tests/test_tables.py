@@ -5,6 +5,7 @@ import json
 import pytest
 from bs4 import BeautifulSoup
 
+from vaelib.book.ledger import finished
 from vaelib.book.tables import Table, cell_text, ledger_table
 
 ROWS = {
@@ -34,6 +35,21 @@ def test_a_ledgers_numbers_stand_under_their_titles_and_what_was_not_run_says_so
 def test_without_the_file_every_number_was_not_run(tmp_path):
     shown = ledger_table(tmp_path / "none.json", {"a": "small"}, COLUMNS, "Of nothing.", "tab-none", "network")
     assert shown.rows == [["a", "not run", "not run"]]
+
+
+def test_finished_runs_have_their_metrics_by_name_and_without_the_file_there_are_none(tmp_path, monkeypatch):
+    results, book, alone = tmp_path / "results", tmp_path / "book", tmp_path / "far" / "content"
+    for folder in (results, book, alone):
+        folder.mkdir(parents=True)
+    (results / "rows.json").write_text(json.dumps(ROWS))
+    (results / "one.json").write_text(json.dumps({"command": "make one", "seed": 0, "metrics": {"elbo": -99.0}}))
+    assert finished("rows", results) == {"small": ROWS["small"]["metrics"], "large": ROWS["large"]["metrics"]}
+    assert finished("one", str(results)) == {"one": {"elbo": -99.0}}
+    monkeypatch.chdir(book)  # as a chapter runs
+    assert finished("one") == {"one": {"elbo": -99.0}}
+    assert finished("none") == {}
+    monkeypatch.chdir(alone)  # as a chapter runs that was downloaded alone
+    assert finished("one") == {}
 
 
 def test_jupyter_gets_a_caption_and_header_cells_both_ways(shown):

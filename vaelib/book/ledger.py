@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vaelib._validation import as_path
 from vaelib.storage import writable_folder, write_text
 
 PACKAGES = ("vaelib", "torch", "torchvision", "numpy", "scikit-learn")
@@ -85,3 +86,16 @@ def record(name: str, command: str, seed: int, seconds: float, metrics: dict[str
     if folder := os.environ.get("VAELIB_RESULTS"):
         write_text(writable_folder("VAELIB_RESULTS", folder) / f"{name}.json", json.dumps(made, indent=2) + "\n")
     return made
+
+
+def finished(name: str, folder: str | Path = "../results") -> dict[str, Any]:
+    """The metrics of the finished runs in ``<folder>/<name>.json``, by the name of the run.
+
+    A file of one run, as `record` writes it, gives that run under the name of the file. Where there is no file there are no runs:
+    a chapter that is read alone, as on Colab, has no results beside it.
+    """
+    path = as_path(folder) / f"{name}.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {key: run["metrics"] for key, run in ({name: found} if "metrics" in found else found).items()}
