@@ -299,6 +299,19 @@ def test_without_chromium_the_error_says_what_to_install(monkeypatch):
         pdf.find_chromium()
 
 
+def test_on_paper_a_caption_is_as_wide_as_its_table(browser):
+    """As a block, which it is on the screen, it would be a cell of the first column, and widen it."""
+    sheet = (ROOT / "book" / "_static" / "custom.css").read_text(encoding="utf-8")
+    table = "<table><caption>What was run, on which machine, and how long it took.</caption><tr><th>a</th><td>1</td></tr></table>"
+    tab = browser.new_page()
+    try:
+        tab.emulate_media(media="print")
+        tab.set_content(f'<style>{sheet} table {{ width: 600px; }}</style><article class="bd-article">{table}</article>')
+        assert tab.evaluate("[...document.querySelectorAll('table, caption')].map(part => part.clientWidth)") == [600, 600]
+    finally:
+        tab.close()
+
+
 @built
 def test_the_one_document_holds_every_page_and_every_place_that_it_points_to():
     book = pdf.document(HTML)
