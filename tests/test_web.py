@@ -7,6 +7,7 @@ The rules are those of axe-core 4.14.1, which stands in tests/web (Mozilla Publi
 import gzip
 import re
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlparse
 from xml.etree import ElementTree
@@ -230,6 +231,53 @@ def test_the_check_of_places_finds_each_fault_that_is_put_in(open_page):
         "9.0 px",
     ):
         assert fault in faults, faults
+
+
+BREAKS = """() => {  // the code of tables that goes on in a next line, up to each end of a line
+    const ends = [], text = document.createRange();
+    for (const code of document.querySelectorAll("article td code")) {
+        if (!code.checkVisibility()) continue;
+        const nodes = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+        let before = null, said = "";
+        while (nodes.nextNode()) for (let i = 0; i < nodes.currentNode.length; i++) {
+            text.setStart(nodes.currentNode, i);
+            text.setEnd(nodes.currentNode, i + 1);
+            const box = text.getClientRects()[0];
+            if (before !== null && box && box.top > before + 5) ends.push(said);
+            if (box) before = box.top;
+            said += nodes.currentNode.data[i];
+        }
+    }
+    return ends;
+}"""
+
+
+@pytest.mark.parametrize("name", ["notation", "models", "extending", "troubleshooting", "protocol"])
+def test_a_name_of_code_in_a_table_breaks_only_between_its_parts(name, open_page):
+    tab, seen = open_page(f"{name}.html"), []
+    for width in (1280, 768, 390):
+        tab.set_viewport_size({"width": width, "height": 900})
+        ends = tab.evaluate(BREAKS)
+        assert [end for end in ends if end[-1] not in "_./(,= -"] == []
+        seen += ends
+    if name == "notation":
+        assert seen
+        tab.add_style_tag(content=".bd-article td code .pre { overflow-wrap: anywhere !important; }")
+        tab.set_viewport_size({"width": 390, "height": 900})
+        assert [end for end in tab.evaluate(BREAKS) if end[-1] not in "_./(,= -"]  # the check finds what it is for
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_heading_is_smaller_and_no_heavier_than_the_one_above_it(width, open_page):
+    tab = open_page("mnist-mlp.html", width)
+    tab.evaluate("document.querySelector('article').insertAdjacentHTML('beforeend', '<h4>four</h4>')")
+    styles = tab.evaluate("""() => ["h1", "h2", "h3", "h4", "p"].map(tag => {
+        const style = getComputedStyle(document.querySelector(`article ${tag}`));
+        return [parseFloat(style.fontSize), parseFloat(style.fontWeight)];
+    })""")
+    sizes, weights = zip(*styles, strict=True)
+    assert all(above > below for above, below in pairwise(sizes)), sizes
+    assert len(set(weights[:3])) == 1
 
 
 def test_the_check_of_shapes_finds_a_squashed_and_a_wide_picture(open_page):

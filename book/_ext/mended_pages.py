@@ -22,6 +22,13 @@ SYSTEM_THEME = '(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "
 UNFOLDED = """["toggle", "click"].forEach(kind => document.addEventListener(kind, event => {
     if (event.target.closest?.("details, .toggle")) window.dispatchEvent(new Event("resize"));
 }, true));"""
+
+
+def in_parts(name: re.Match) -> str:
+    """A name with places to break behind the signs that join its parts."""
+    return re.sub(r"(?<=[\w)\]])([_./(,=]+)(?=[^\W\d_]\w{3})", r"\1<wbr>", name[0])
+
+
 RULES = [  # pattern, what replaces it
     # The accessible name has to contain the words that are seen (WCAG 2.5.3).
     (r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"', r"\1"),
@@ -36,6 +43,13 @@ RULES = [  # pattern, what replaces it
     (r"(<td[^>]*>)<p>([^<]*\d) \(([\d.]+) to ([\d.]+\)</p></td>)", r'\1<p class="spread">\2 (\3&nbsp;to&nbsp;\4'),
     (r"([^<> ]) = ([^<> ]+</p></t[dh]>)", r"\1&nbsp;=&nbsp;\2"),
     (r"<td><p>(\d{4}-\d\d-\d\d)</p>", r'<td><p class="unbroken">\1</p>'),
+    # So do the two parts of a reference, and the parts of a date; a space before a link is not underlined.
+    (r">(Fig\.|Table|Eq\.|Exercise) (?=[\d.]+</)", r">\1&nbsp;"),
+    (r"(, )(\d{4}-\d\d-\d\d)(?=\.</strong>)", r'\1<span class="unbroken">\2</span>'),
+    (r'(Solution to)(<a class="reference internal" href="[^"]*">) ', r"\1 \2"),
+    # A name of code, if it has to break, breaks behind the signs that join its parts: any in a table, long ones in the text.
+    (r"<td[^>]*>.*?</td>", lambda cell: re.sub(r'<span class="pre">[^<]*</span>', in_parts, cell[0])),
+    (r'<span class="pre">[^<]{26,}</span>', in_parts),
     # The two hyphens of an option are not torn apart.
     (r'<span class="pre">(-[^<]{1,20})</span>', r'<span class="pre option">\1</span>'),
     # A table that scrolls inside its box on a phone is reached by keyboard.
