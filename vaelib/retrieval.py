@@ -627,8 +627,8 @@ def extended(structure: Any, method: str, codes: Tensor, known: int = 0) -> tupl
         if count < 256:
             raise ValueError(f"images: got {count}, expected at least 256 with distinct codes to train the method 'ivf_pq' on")
         pieces = max(m for m in range(1, max(2, width // 4 + 1)) if width % m == 0)
-        cells = min(4 * math.isqrt(count), count // 40 + 1)
-        structure = faiss().index_factory(width, f"IVF{cells},PQ{pieces}x8np")  # np: no polysemous codes, half a minute for no use
+        # "np": without polysemous codes, which no search here uses and which take half a minute
+        structure = faiss().index_factory(width, f"IVF{min(4 * math.isqrt(count), count // 40 + 1)},PQ{pieces}x8np")
         structure.cp.min_points_per_centroid = structure.pq.cp.min_points_per_centroid = 1  # else it prints advice
         structure.pq.cp.niter, structure.pq.cp.max_points_per_centroid = 10, 64  # a tenth of the usual time
         structure.train(mean.numpy())
