@@ -146,6 +146,13 @@ def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_
     assert light_blue == cover == 255 > green > red  # still blue, and lighter
     assert green > 114
 
+    tones = np.tile(np.array([[(204, 121, 167), (242, 207, 178), (176, 176, 176)]], np.uint8), (60, 1, 1)).repeat(20, 1)
+    lines = np.tile(ground, (200, 200, 1))
+    lines[70:130, 70:130] = tones
+    turned = np.asarray(dark(Image.fromarray(lines))).astype(int)
+    purple, tint, grey = (turned[100, column, :3].max() * turned[100, column, 3] / 255 for column in (80, 100, 120))
+    assert purple > 150 > grey > tint  # a colour of middle lightness is seen; what was pale or grey stays behind it
+
     grid = np.tile(ground, (60, 124, 1))  # a label and two photographs, between which is a gap
     grid[20:40, 4:10] = ink
     noise = np.random.default_rng(0).integers(0, 200, (60, 50, 3), np.uint8)
@@ -176,6 +183,9 @@ def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_
     turned = np.asarray(dark(Image.fromarray(page), free=True))
     np.testing.assert_array_equal(turned[100:220, 100:300, :3], page[100:220, 100:300])
     assert (turned[0, 0, 3], turned[30, 6, 0]) == (0, 255)
+    page[100:220, 100:300] = (64, 64, 64)  # a thick bar is no photograph
+    turned = np.asarray(dark(Image.fromarray(page), free=True)).astype(int)
+    assert turned[150, 200, :3].max() * turned[150, 200, 3] / 255 > 180
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -12,7 +12,14 @@ WHITE = 240  # of 255: as light as this is the ground
 GAP = 8  # pixels: a wider band of white in a single row or column of pictures belongs to one of them
 SIDE = 100  # pixels of a dark block in a free layout, at least
 LENGTH, WIDTH = 48, 8  # pixels of a filled rectangle, at least: a colour bar is narrow
+TINT, GREY = 220, 60  # of 255: brightest channel of what is no pale tint, spread of the channels of what is no grey
 TICK = 6  # pixels: what stands out further is a label
+
+
+def is_one_colour(levels: np.ndarray) -> bool:
+    """Whether a block is filled evenly, as a bar is; its blurred edge does not count."""
+    inner = levels[3:-3, 3:-3].reshape(-1, 3)
+    return np.unique(inner, axis=0, return_counts=True)[1].max() >= 0.97 * len(inner)
 
 
 def is_picture(levels: np.ndarray) -> bool:
@@ -21,15 +28,14 @@ def is_picture(levels: np.ndarray) -> bool:
     whole = max(side.mean() for side in (paper[0], paper[-1], paper[:, 0], paper[:, -1])) < 0.2  # its corners may be blurred
     if not whole or max(paper.shape) < LENGTH or min(paper.shape) < WIDTH:
         return False
-    inner = levels[3:-3, 3:-3].reshape(-1, 3)  # without the blurred edge of a bar
-    return np.unique(inner, axis=0, return_counts=True)[1].max() < 0.97 * len(inner)
+    return not is_one_colour(levels)
 
 
 def blocks(levels: np.ndarray, paper: np.ndarray, dark_ones: bool) -> np.ndarray:
     """A frame around each picture by itself, and around each large dark block if so asked."""
     frame = np.ones_like(paper)
     for place in ndimage.find_objects(ndimage.label(~paper)[0]):
-        if dark_ones and min(paper[place].shape) >= SIDE and paper[place].mean() < 0.3:
+        if dark_ones and min(paper[place].shape) >= SIDE and paper[place].mean() < 0.3 and not is_one_colour(levels[place]):
             frame[place] = False
         inner = []
         for axis, part in ((1, place[0]), (0, place[1])):
@@ -78,7 +84,11 @@ def dark(figure: Image.Image, free: bool = False) -> Image.Image:
     ground = Image.new("RGBA", figure.size, "white")
     ground.alpha_composite(figure.convert("RGBA"))
     levels = np.asarray(ground)[..., :3].astype(float)
-    turned = levels + (255 - levels.max(2) - levels.min(2))[..., None]  # lightness l -> 1 - l, the same hue
+    high, low = levels.max(2), levels.min(2)
+    shift = 255 - high - low  # lightness l -> 1 - l, the same hue
+    strong = (high < TINT) & (high - low > GREY)
+    shift = np.where(strong, np.maximum(shift, 135 - (high + low) / 2), shift)  # a purple line stays one that is seen
+    turned = levels + shift[..., None]
     cover = turned.max(2)[..., None]  # black is nothing, so that the page shows through
     drawn = np.concatenate([255 * turned / np.maximum(cover, 1), cover], 2)
     kept = np.dstack([levels, np.full(levels.shape[:2], 255.0)])

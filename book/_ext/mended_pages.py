@@ -29,14 +29,15 @@ def in_parts(name: re.Match) -> str:
     return re.sub(r"(?<=[\w)\]])([_./(,=]+)(?=[^\W\d_]\w{3})", r"\1<wbr>", name[0])
 
 
+FORMULA = r'<span class="math notranslate nohighlight">\\\([^<]*\\\)</span>'
 RULES = [  # pattern, what replaces it
     # The accessible name has to contain the words that are seen (WCAG 2.5.3).
     (r'(<button class="btn search-button-field[^>]*?) aria-label="[^"]*"', r"\1"),
     (r'(<i class="theme-switch [^>]*?) title="[^"]*"', r'\1 aria-hidden="true"'),
     (r'<summary aria-label="Toggle hidden content">', "<summary>"),
-    # A formula keeps the comma or full stop that follows it on its line, and a number in a table its spread.
+    # A formula keeps the comma or full stop behind it, and the bracket before it, on its line, and a number in a table its spread.
     (
-        r'(?<!<span class="unbroken">)(<span class="math notranslate nohighlight">\\\([^<]*\\\)</span>[.,;:!?)]+)',
+        rf'(?<!<span class="unbroken">)(?<!<span class="unbroken">\()(\({FORMULA}[.,;:!?)]*|{FORMULA}[.,;:!?)]+)',
         r'<span class="unbroken">\1</span>',
     ),
     (r"(<td[^>]*>)<p>([^<]*\d) ± (\d[^<]*</p></td>)", r'\1<p class="spread">\2 ±&nbsp;\3'),
