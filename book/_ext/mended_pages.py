@@ -48,8 +48,8 @@ RULES = [  # pattern, what replaces it
     (r">(Fig\.|Table|Eq\.|Exercise) (?=[\d.]+</)", r">\1&nbsp;"),
     (r"(, )(\d{4}-\d\d-\d\d)(?=\.</strong>)", r'\1<span class="unbroken">\2</span>'),
     (r'(Solution to)(<a class="reference internal" href="[^"]*">) ', r"\1 \2"),
-    # A name of code, if it has to break, breaks behind the signs that join its parts: any in a table, long ones in the text.
-    (r"<td[^>]*>.*?</td>", lambda cell: re.sub(r'<span class="pre">[^<]*</span>', in_parts, cell[0])),
+    # A long name of code, if it has to break, breaks behind the signs that join its parts; in a table it has to sooner.
+    (r"<td[^>]*>.*?</td>", lambda cell: re.sub(r'<span class="pre">[^<]{14,}</span>', in_parts, cell[0])),
     (r'<span class="pre">[^<]{26,}</span>', in_parts),
     # The two hyphens of an option are not torn apart.
     (r'<span class="pre">(-[^<]{1,20})</span>', r'<span class="pre option">\1</span>'),
