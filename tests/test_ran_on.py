@@ -25,3 +25,8 @@ def test_a_run_on_a_gpu_or_without_a_commit_says_so():
     row = next(line for line in ran_on.page(runs).splitlines() if line.startswith("| []("))
     assert "1 thread, Tesla T4 |" in row
     assert row.endswith("| not known |")
+
+
+def test_a_commit_is_short_and_keeps_its_changes():
+    assert ran_on.short("0123456789ab+changes") == "0123456+changes"
+    assert ran_on.short("0123456789ab") == "0123456"

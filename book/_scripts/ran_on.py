@@ -36,12 +36,17 @@ def hardware(record):
     return f"{record['processor']}, {record['cores']} cores, {threads}, {record['gpu'] or 'no GPU'}"
 
 
+def short(commit):
+    """The first seven digits of a commit, as git shows it, with what is behind."""
+    return re.sub(r"^([0-9a-f]{7})[0-9a-f]*", r"\1", commit) if commit else "not known"
+
+
 def page(runs):
     """The page's text: one row for each chapter of `runs`, the content of ran-on.json, in the order of the book."""
     contents = re.findall(r"file: (\S+)", (ROOT / "book" / "_toc.yml").read_text(encoding="utf-8"))
     rows = [
         f"| []({name}.ipynb) | {run['date']} | {run['seconds'] / 60:.1f} | {hardware(run['hardware'])} "
-        f"| {run['versions']['python']} | {run['versions']['torch']} | {run['commit'] or 'not known'} |\n"
+        f"| {run['versions']['python']} | {run['versions']['torch']} | {short(run['commit'])} |\n"
         for name, run in sorted(runs.items(), key=lambda item: contents.index(item[0]))
     ]
     total = sum(run["seconds"] for run in runs.values()) / 60
