@@ -142,6 +142,12 @@ def gan(seed, left=lambda: math.inf):
         torch.cuda.synchronize()
         return time.perf_counter()
 
+    def scored(generator):
+        """Of 10000 samples the pixels, the features of each kind, and their distances."""
+        pixels = sampled(generator, N, 1)
+        features = {kind: features_of(net, of(pixels)) for kind, of in kinds.items()}
+        return pixels, features, {kind: frechet_distance(real[kind], features[kind]) for kind in kinds}
+
     curve, seconds = [], 0.0
     for epoch in range(1, CHECKPOINTS[-1] + 1):
         at = clock()
@@ -149,9 +155,7 @@ def gan(seed, left=lambda: math.inf):
             game.step(pixels, torch.randn(len(pixels), LATENTS, generator=draw).to(DEVICE))
         seconds += clock() - at
         if epoch in CHECKPOINTS:
-            pixels = sampled(game.generator, N, 1)
-            features = {kind: features_of(net, of(pixels)) for kind, of in kinds.items()}
-            scores = {kind: frechet_distance(real[kind], features[kind]) for kind in kinds}
+            scores = scored(game.generator)[-1]
             scores["averaged"] = frechet_distance(real["thresholded"], features_of(net, thresholded(sampled(game.mean, N, 1))))
             curve.append({"epoch": epoch, "seconds": round(seconds, 1), **scores})
             shown = f"thresholded {scores['thresholded']:.1f}, averaged {scores['averaged']:.1f}"
@@ -162,9 +166,7 @@ def gan(seed, left=lambda: math.inf):
 
     def judged(generator):
         """All scores of 10000 samples."""
-        pixels = sampled(generator, N, 1)
-        features = {kind: features_of(net, of(pixels)) for kind, of in kinds.items()}
-        scores = {kind: frechet_distance(real[kind], features[kind]) for kind in kinds}
+        pixels, features, scores = scored(generator)
         near = nearest_training_images(pixels[some], train).distances
         scores |= manifold_scores(real["thresholded"], features["thresholded"])._asdict()
         return scores | {"nearest": near.median().item(), "nearest_hundredth": near.quantile(0.01).item()}
@@ -296,6 +298,7 @@ def main():
         for key, record in stages() if name == "stages" else [(name, gan(int(name.removeprefix("gan-")), left))]:
             done = json.loads(LEDGER.read_text()) if LEDGER.exists() else {}
             done[key] = record
+            write_text(LEDGER, json.dumps(done, indent=2) + "\n")  # before the summary, which may not fit older records
             gans = [value for key, value in sorted(done.items()) if key.startswith("gan-")]
             done |= {"summary": summary(gans)} if len(gans) > 1 else {}
             write_text(LEDGER, json.dumps(done, indent=2) + "\n")
