@@ -198,13 +198,22 @@ def test_a_citation_names_author_and_year_and_leads_to_the_list(text):
     assert f'- <a id="{target}" name="{target}"></a>Ann Someone' in text
 
 
+def test_a_figure_that_brings_its_words_gets_its_number_alone(tmp_path):
+    notebook = small_chapter()
+    page = "<figure><figcaption>What comes out.</figcaption></figure>"
+    notebook.cells[2].outputs = [new_output("display_data", {"text/html": page, "text/plain": "<Figure>"})]
+    words = "\n".join(cell.source for cell in build(tmp_path, notebook)["one"].cells)
+    assert '<a id="fig-out" name="fig-out"></a>↑ **Fig. 1.2**' in words
+    assert "What comes" not in words
+
+
 def test_code_is_the_chapter_s_folded_where_the_page_folds_it_with_its_outputs(small):
     setup, plot, table, solution = (cell for cell in small["one"].cells if cell.cell_type == "code")
     folded = {"cellView": "form", "jupyter": {"source_hidden": True}}
     assert setup.source.startswith("# @title Setup\nx = 1\n\nimport torch\n")
     assert plot.source == "# @title Code of Fig. 1.2\nplot()"
     assert table.source == "table"
-    assert solution.source == "# @title Solution to Exercise 1.1\nprint(1)"
+    assert solution.source == "# @title Solution to Exercise 1.1, continued\nprint(1)"  # after the words
     assert setup.metadata == plot.metadata == folded | {"tags": ["hide-input"]}
     assert table.metadata == {}
     assert solution.metadata == {"cellView": "form", "collapsed": True, "jupyter": {"source_hidden": True, "outputs_hidden": True}}

@@ -79,7 +79,10 @@ def test_as_text_the_columns_are_flush(shown):
 @pytest.mark.parametrize(
     ("cell", "text"),
     [
-        (-1234.567, "−1,234.57"),
+        (-1234.567, "−1234.57"),
+        (9999.6, "9999.60"),
+        (-15974.127, "−15,974.13"),
+        (60000, "60,000"),
         (8, "8"),
         (None, "–"),
         ("a word", "a word"),

@@ -133,8 +133,9 @@ class Chapter:
         text = f"# @title {title}\n" * bool(title) + cell.source
         count = cell.execution_count
         self.cells.append(new_code_cell(text, id=cell.id, metadata=metadata, outputs=cell.outputs, execution_count=count))
+        captioned = any("</figcaption>" in output.get("data", {}).get("text/html", "") for output in cell.outputs)
         for part in shown:
-            if isinstance(part, nodes.figure):
+            if isinstance(part, nodes.figure) and not captioned:
                 caption = f"**{self.number(part)}**. {self.inline(next(part.findall(nodes.caption)))}"
             else:
                 caption = f"↑ **{self.number(part)}**"  # the output has its words
@@ -142,21 +143,26 @@ class Chapter:
             self.flush()
 
     def solution(self, node):
-        """Text that opens at a click, and folded code that runs."""
+        """Text that opens at a click, and folded code that runs; what follows the first part says that it goes on."""
         self.flush()
         title, section = node.children
+        name, more = title.astext(), title.astext() + ", continued"
         for child in section.children:
             if child.get("nb_element") == "cell_code":
-                self.close(title)
-                self.code(child, title.astext(), hide_outputs=True)
+                name = self.close(name, more)
+                self.code(child, name, hide_outputs=True)
+                name = more
             else:
                 self.blocks.append(self.render(child))
-        self.close(title)
+        self.close(name, more)
 
-    def close(self, title):
-        if self.blocks:
-            self.blocks = [fold(title.astext(), self.blocks)]
-            self.flush()
+    def close(self, name, more):
+        """Folds the text that has gathered, if there is any, under `name`, and gives the name of the part that follows."""
+        if not self.blocks:
+            return name
+        self.blocks = [fold(name, self.blocks)]
+        self.flush()
+        return more
 
     # Nodes
 

@@ -215,7 +215,7 @@ print(verdicts["standard_error"])
 # %% [markdown]
 # ### Question: which model is better? (8 points)
 #
-# Model A has $-87.3 \pm 0.6$ nats on 10000 test images and model B $-86.9 \pm 0.6$; the numbers after $\pm$ are standard errors over the images.
+# Model A has $-87.3 \pm 0.6$ nats on 10,000 test images and model B $-86.9 \pm 0.6$; the numbers after $\pm$ are standard errors over the images.
 # Over the images the two estimates have the correlation 0.99.
 # What is the standard error of the mean difference, and may the report call B better on such images?
 # What does that standard error not contain?

@@ -81,7 +81,9 @@ class Table:
 
 
 def cell_text(cell: Any, digits: int = 2) -> str:
-    """A number as the book writes it, with a true minus sign; of several trainings, "mean ± standard deviation"."""
+    """A number as the book writes it: with a true minus sign, a comma at thousands from five digits on, and of several trainings
+    "mean ± standard deviation".
+    """
     if cell is None:
         return MISSING
     if isinstance(cell, str):
@@ -95,9 +97,9 @@ def cell_text(cell: Any, digits: int = 2) -> str:
             mean = cell_text(statistics.fmean(cell), digits)
             return f"{mean} ± {statistics.stdev(cell):.{digits}f}"
         (cell,) = cell
-    if isinstance(cell, int):
-        return f"{cell:,}".replace("-", "−")
-    return f"{float(cell):,.{check_int('digits', digits, minimum=0)}f}".replace("-", "−")
+    places = 0 if isinstance(cell, int) else check_int("digits", digits, minimum=0)
+    plain = f"{cell:.{places}f}"
+    return (plain if abs(float(plain)) < 10_000 else f"{cell:,.{places}f}").replace("-", "−")
 
 
 def ledger_table(
