@@ -1,5 +1,6 @@
 """The rendered pages, where they were built (`make book`): alt texts, links, Colab buttons, nothing fetched from elsewhere."""
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -26,11 +27,23 @@ pytestmark = pytest.mark.skipif(not (HTML / "intro.html").exists(), reason="the 
 FIGURES = [("intro", 0), ("intro", 1), ("generation", 0), ("generation", 1), ("generation", 2), ("retrieval", 0)]
 
 
+def each(names):
+    """A test of each page; those of one page are neighbours, so that it is read once for all of them."""
+    return pytest.mark.parametrize("name", names, scope="module")
+
+
+@functools.lru_cache(maxsize=1)
 def page(name):
     return BeautifulSoup((HTML / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
 
 
-@pytest.mark.parametrize("name", PAGES)
+@functools.cache
+def places(target):
+    """What a link into a page may point to."""
+    return set(re.findall(r'id="([^"]+)"', target.read_text(encoding="utf-8")))
+
+
+@each(PAGES)
 def test_images_have_alt_texts_that_are_no_paths(name):
     images = page(name).select("article img:not(.only-dark)")  # that of dark pages has the alt text of its fellow
     alts = [image.get("alt", "") for image in images]
@@ -40,7 +53,7 @@ def test_images_have_alt_texts_that_are_no_paths(name):
         assert len(images) >= 5
 
 
-@pytest.mark.parametrize("name", PAGES)
+@each(PAGES)
 def test_internal_links_and_anchors_resolve(name):
     broken = []
     for link in page(name).select("article a[href]"):
@@ -48,16 +61,13 @@ def test_internal_links_and_anchors_resolve(name):
         if address.scheme or address.netloc:
             continue
         target = (HTML / name).parent / unquote(address.path) if address.path else HTML / f"{name}.html"
-        if not target.exists():
+        place = unquote(address.fragment) if target.suffix == ".html" else ""
+        if not target.exists() or (place and place not in places(target.resolve())):
             broken.append(link["href"])
-        elif address.fragment and target.suffix == ".html":
-            text = target.read_text(encoding="utf-8")
-            if f'id="{unquote(address.fragment)}"' not in text:
-                broken.append(link["href"])
     assert broken == []
 
 
-@pytest.mark.parametrize("name", PAGES)
+@each(PAGES)
 def test_a_page_loads_nothing_from_another_host(name):
     soup = page(name)
     loaded = [tag.get("src") or tag.get("href") for tag in soup.select("script[src], link[rel=stylesheet], img[src], iframe[src]")]
@@ -65,7 +75,7 @@ def test_a_page_loads_nothing_from_another_host(name):
     assert soup.select_one('script[src*="tex-svg-full.js"]') or not soup.select(".math")
 
 
-@pytest.mark.parametrize("name", CHAPTERS + ASSIGNMENTS)
+@each(CHAPTERS + ASSIGNMENTS)
 def test_the_colab_button_opens_this_chapter_in_plain_markdown(name):
     repository = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]
     owner = repository["url"].removeprefix("https://github.com/")
@@ -76,7 +86,7 @@ def test_the_colab_button_opens_this_chapter_in_plain_markdown(name):
     assert "git init --quiet --initial-branch notebooks\n" in pushed
 
 
-@pytest.mark.parametrize("name", CHAPTERS)
+@each(CHAPTERS)
 def test_solutions_are_folded_and_equations_numbered(name):
     soup = page(name)
     assert len(soup.select("div.solution.dropdown")) >= 4
@@ -86,53 +96,66 @@ def test_solutions_are_folded_and_equations_numbered(name):
     assert not soup.find(string=lambda text: text and ("{eq}`" in text or "{numref}`" in text or "{cite}`" in text))
 
 
-@pytest.mark.parametrize(("name", "number"), FIGURES)
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_figure_to_touch_answers_pointer_and_key_with_the_network_cut(name, number, width, browser, address):
-    asked = []
+@pytest.fixture(scope="module")
+def offline(request, browser, address):
+    """A chapter at a width with the network cut, opened once for all its figures; `.asked` holds the addresses refused."""
+    name, width = request.param
+    context = browser.new_context(viewport={"width": width, "height": 900})
+    tab = context.new_page()
+    tab.asked = []
 
     def guard(route):
         if route.request.url.startswith(address):
             route.continue_()
         else:
-            asked.append(route.request.url)
+            tab.asked.append(route.request.url)
             route.abort()
 
-    context = browser.new_context(viewport={"width": width, "height": 900})
-    try:
-        context.route("**/*", guard)
-        tab = context.new_page()
-        tab.goto(address + f"{name}.html", wait_until="domcontentloaded")
-        frames = tab.locator("article .vaelib-widget iframe")
-        assert frames.count() == sum(page_name == name for page_name, _ in FIGURES)
-        frame = frames.nth(number)
-        frame.scroll_into_view_if_needed()
-        inside = frame.content_frame
-        inside.locator("canvas").first.wait_for()
-        drawn = lambda: inside.locator("canvas").evaluate_all("all => all.map(canvas => canvas.toDataURL()).join()")  # noqa: E731
-        seen = [drawn()]
-        choices = (
-            inside.locator("input[type=radio]") if name == "retrieval" else inside.locator("[tabindex='0'], input[type=range]")
-        )
-        control = choices.first if name == "retrieval" else choices.last
-        control.focus()
-        for key in ("ArrowRight", "ArrowUp", "ArrowLeft"):
-            tab.keyboard.press(key)
-        tab.wait_for_timeout(200)
-        seen.append(drawn())
-        if name == "retrieval":
-            inside.locator("label").nth(4).click()
-        else:
-            box = control.bounding_box()
-            tab.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
-        tab.wait_for_timeout(200)
-        seen.append(drawn())
-        assert seen[0] != seen[1] != seen[2]
-        tab.evaluate("window.scrollTo(2000, 0)")
-        assert tab.evaluate("window.scrollX") == 0
-        assert asked == []
-    finally:
-        context.close()
+    context.route("**/*", guard)
+    tab.goto(address + f"{name}.html", wait_until="domcontentloaded")
+    yield tab
+    context.close()
+
+
+@pytest.mark.parametrize(
+    ("offline", "name", "number"),
+    [
+        pytest.param((chapter, width), chapter, number, id=f"{width}-{chapter}-{number}")
+        for chapter in dict.fromkeys(name for name, _ in FIGURES)
+        for width in (1280, 390)
+        for name, number in FIGURES
+        if name == chapter
+    ],
+    indirect=["offline"],
+    scope="module",
+)
+def test_a_figure_to_touch_answers_pointer_and_key_with_the_network_cut(offline, name, number):
+    frames = offline.locator("article .vaelib-widget iframe")
+    assert frames.count() == sum(page_name == name for page_name, _ in FIGURES)
+    frame = frames.nth(number)
+    frame.scroll_into_view_if_needed()
+    inside = frame.content_frame
+    inside.locator("canvas").first.wait_for()
+    drawn = lambda: inside.locator("canvas").evaluate_all("all => all.map(canvas => canvas.toDataURL()).join()")  # noqa: E731
+    seen = [drawn()]
+    choices = inside.locator("input[type=radio]") if name == "retrieval" else inside.locator("[tabindex='0'], input[type=range]")
+    control = choices.first if name == "retrieval" else choices.last
+    control.focus()
+    for key in ("ArrowRight", "ArrowUp", "ArrowLeft"):
+        offline.keyboard.press(key)
+    offline.wait_for_timeout(200)
+    seen.append(drawn())
+    if name == "retrieval":
+        inside.locator("label").nth(4).click()
+    else:
+        box = control.bounding_box()
+        offline.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.5 * box["height"])
+    offline.wait_for_timeout(200)
+    seen.append(drawn())
+    assert seen[0] != seen[1] != seen[2]
+    offline.evaluate("window.scrollTo(2000, 0)")
+    assert offline.evaluate("window.scrollX") == 0
+    assert offline.asked == []
 
 
 def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_were():
@@ -188,7 +211,7 @@ def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_
     assert turned[150, 200, :3].max() * turned[150, 200, 3] / 255 > 180
 
 
-@pytest.mark.parametrize("name", PAGES)
+@each(PAGES)
 def test_each_figure_has_a_drawing_for_each_scheme(name):
     soup, folder = page(name), (HTML / f"{name}.html").parent
     light, night = soup.select("article img.only-light"), soup.select("article img.only-dark")

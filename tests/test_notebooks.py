@@ -1,5 +1,6 @@
 """The notebooks in plain Markdown: a rule for each kind of node, a stop at every other, and, where they were built, the chapters' own."""
 
+import functools
 import io
 import json
 import re
@@ -271,7 +272,10 @@ def test_a_rule_is_never_found_by_chance():
 
 # The chapters
 
+each_chapter = pytest.mark.parametrize("name", CHAPTERS, scope="module")  # tests of one chapter are neighbours: it is read once
 
+
+@functools.lru_cache(maxsize=1)  # all look at the same one, and none changes it
 def notebook_of(name):
     return nbformat.read(BUILT / f"{name}.ipynb", as_version=4)
 
@@ -280,12 +284,13 @@ def text_of(name):
     return "\n\n".join(cell.source for cell in notebook_of(name).cells if cell.cell_type == "markdown")
 
 
+@functools.lru_cache(maxsize=1)
 def page(name):
     return BeautifulSoup((HTML / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
 
 
 @built
-@pytest.mark.parametrize("name", CHAPTERS)
+@each_chapter
 def test_a_notebook_has_the_code_and_the_outputs_of_its_chapter(name):
     nbformat.validate(notebook_of(name))
     ours, theirs = ([cell for cell in whole.cells if cell.cell_type == "code"] for whole in (notebook_of(name), chapter(name)))
@@ -302,7 +307,7 @@ def test_a_notebook_has_the_code_and_the_outputs_of_its_chapter(name):
 
 
 @built
-@pytest.mark.parametrize("name", CHAPTERS)
+@each_chapter
 def test_a_notebook_shows_no_markup_that_colab_does_not_know(name):
     text = re.sub(r"```.*?```|``.+?``|`[^`\n]+`", "", text_of(name), flags=re.DOTALL)
     assert re.findall(r"\{[a-z:-]+\}`|:::|<!--|^\(\S+\)=$|\{bibliography\}", text, re.MULTILINE) == []
@@ -323,7 +328,7 @@ def test_a_notebook_shows_no_markup_that_colab_does_not_know(name):
 
 
 @built
-@pytest.mark.parametrize("name", CHAPTERS)
+@each_chapter
 def test_numbers_are_those_of_the_page(name):
     soup, text = page(name), text_of(name)
     tags = [f"({number})" for number in re.findall(r"^\\tag\{(.+)\}$", text, re.MULTILINE)]
@@ -338,7 +343,7 @@ def test_numbers_are_those_of_the_page(name):
 
 
 @built
-@pytest.mark.parametrize("name", CHAPTERS)
+@each_chapter
 def test_links_lead_to_an_anchor_of_the_notebook_or_of_a_page_that_the_book_has(name):
     text = text_of(name)
     anchors = re.findall(r'<a id="([^"]+)"', text)
@@ -358,7 +363,7 @@ def test_links_lead_to_an_anchor_of_the_notebook_or_of_a_page_that_the_book_has(
 
 
 @built
-@pytest.mark.parametrize("name", CHAPTERS)
+@each_chapter
 def test_every_picture_has_words_and_stands_in_the_notebook(name):
     pictures = BeautifulSoup(text_of(name), "html.parser").select("img")
     assert len(pictures) >= 1
@@ -370,7 +375,7 @@ def test_every_picture_has_words_and_stands_in_the_notebook(name):
 
 
 @built
-@pytest.mark.parametrize("name", CHAPTERS)
+@each_chapter
 def test_the_page_offers_the_notebook_for_download(name):
     links = [link["href"] for link in page(name).select('a[href$=".ipynb"].btn-download-source-button')]
     assert links == [f"_sources/{name}.ipynb"]
@@ -378,7 +383,7 @@ def test_the_page_offers_the_notebook_for_download(name):
 
 
 @built
-@pytest.mark.parametrize("name", CHAPTERS)
+@each_chapter
 def test_the_first_cell_names_the_run_of_the_ledger(name):
     first = next(cell for cell in notebook_of(name).cells if cell.cell_type == "code")
     run = json.loads((ROOT / "results" / "ran-on.json").read_text(encoding="utf-8"))[name]
