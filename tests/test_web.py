@@ -82,6 +82,8 @@ GEOMETRY = """() => {  // what runs out, lies over something, stands apart or ca
         const style = getComputedStyle(part), scrolls = ["auto", "scroll"].includes(style.overflowX);
         if (scrolls && part.scrollWidth > part.clientWidth + 1 && !style.backgroundAttachment.includes("local"))
             faults.push(`${says(part)} scrolls in its box without a mark`);
+        if (innerWidth >= 1280 && part.matches("table, mjx-container") && part.scrollWidth > part.clientWidth + 1)
+            faults.push(`${says(part)} does not fit its column on a desk`);
         let box = part.parentElement;
         while (box !== article && !["auto", "scroll"].includes(getComputedStyle(box).overflowX)) box = box.parentElement;
         if (box === article && part.getBoundingClientRect().right > edge) faults.push(`${says(part)} runs out of its column`);
