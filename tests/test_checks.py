@@ -21,6 +21,7 @@ from vaelib.checks import (
     check_reparameterize,
     check_retrieval,
     check_training_step,
+    verdicts,
 )
 from vaelib.likelihoods import level_bins, logistic_log_mass
 from vaelib.networks import MLPDecoder, MLPEncoder
@@ -304,7 +305,8 @@ def test_the_verdict_names_the_call_and_the_first_difference():
 
 
 @pytest.mark.parametrize("check", [c for c in CORRECT if c is not check_retrieval], ids=lambda check: check.__name__)
-def test_a_small_perturbation_never_passes(check, generator):
+def test_a_small_perturbation_never_passes(check, generator, monkeypatch):
+    monkeypatch.setattr(verdicts, "pairs", lambda mistakes: iter(()))  # its name is not asked for, and thousands of pairs take long
     right = CORRECT[check][0]
 
     def one_off(place, *arguments):

@@ -14,7 +14,7 @@ from vaelib.generation import attribute_vector, class_means, most_used_units, sh
 def trained(digits):
     torch.manual_seed(0)
     model = mlp_vae((1, 28, 28), (128,), 2)
-    vaelib.fit(model, digits, config=vaelib.TrainConfig(epochs=40, batch_size=50, learning_rate=5e-3, progress=False, device="cpu"))
+    vaelib.fit(model, digits, config=vaelib.TrainConfig(epochs=20, batch_size=50, learning_rate=5e-3, progress=False, device="cpu"))
     return model
 
 

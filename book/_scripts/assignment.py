@@ -11,6 +11,7 @@ cells say. A submission is run with your rights.
 """
 
 import argparse
+import copy
 import functools
 import json
 import re
@@ -58,16 +59,16 @@ SOLUTION, HIDDEN = (
 )
 
 
-@functools.cache
-def parsed(text):
-    """The cells of a source's text, which nobody changes."""
-    return jupytext.reads(text, fmt="py:percent").cells
-
-
 def read_source(path=SOURCE):
     """The cells of the source: triples of role (None for a plain one), options and cell with its solution."""
+    return copy.deepcopy(parsed(path.read_text(encoding="utf-8")))
+
+
+@functools.cache
+def parsed(text):
+    """The same of a source's text; nobody changes these."""
     found = []
-    for place, cell in enumerate(parsed(path.read_text(encoding="utf-8"))):
+    for place, cell in enumerate(jupytext.reads(text, fmt="py:percent").cells):
         options = dict(cell.metadata)
         role = next((key for key in options if key in ROLES), None)
         if "teacher" in options:
@@ -79,17 +80,17 @@ def read_source(path=SOURCE):
         if role == "test":
             name = f"{name}-test"
         new = new_code_cell if cell.cell_type == "code" else new_markdown_cell
-        copy = new(source, id=name or f"assignment-{place:03}")
+        made = new(source, id=name or f"assignment-{place:03}")
         if role:
             flags = dict(zip(("grade", "locked", "solution"), ROLES[role], strict=True))
             points = {"points": options["points"]} if flags["grade"] else {}
-            copy.metadata["nbgrader"] = {
+            made.metadata["nbgrader"] = {
                 "cell_type": cell.cell_type, "grade_id": name, **flags, **points, "schema_version": 3, "task": False,
             }  # fmt: skip
-            copy.metadata["deletable"] = False
+            made.metadata["deletable"] = False
             if flags["locked"]:
-                copy.metadata["editable"] = False
-        found.append((role, options, copy))
+                made.metadata["editable"] = False
+        found.append((role, options, made))
     return found
 
 
