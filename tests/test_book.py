@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from pybtex.database import parse_file
 
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
@@ -336,6 +337,22 @@ def test_citations_are_in_the_bibliography():
     cited = {key for text in texts for keys in re.findall(r"\{cite\}`([^`]+)`", text) for key in keys.split(",")}
     assert cited <= known
     assert known == cited  # and nothing in it goes uncited
+
+
+def test_works_of_the_same_names_and_year_are_told_apart():
+    entries = parse_file(BOOK / "references.bib").entries.values()
+    names = [[" ".join(author.last_names) for author in entry.persons["author"]] for entry in entries]
+    cited = [
+        (*(shown if len(shown) < 3 else [shown[0]]), entry.fields["year"]) for shown, entry in zip(names, entries, strict=True)
+    ]
+    assert len(set(cited)) == len(cited)
+
+
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_an_output_has_the_number_of_its_cell(name):
+    for cell in chapter(name).cells:
+        for output in cell.get("outputs", []):
+            assert output.get("execution_count", cell.execution_count) == cell.execution_count, cell.id
 
 
 @pytest.mark.parametrize("name", CHAPTERS)

@@ -62,13 +62,13 @@ def read(frame):
     return torch.tensor(found[:2]), torch.tensor(found[2:4]), *cells
 
 
-def draw(page, frame, points):
+def draw(page, frame, points, steps=8):
     box = frame.locator(".board").bounding_box()
     at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
     page.mouse.move(*at[0])
     page.mouse.down()
     for point in at[1:]:
-        page.mouse.move(*point, steps=8)
+        page.mouse.move(*point, steps=steps)
     page.mouse.up()
 
 
@@ -129,7 +129,7 @@ def test_a_digit_is_drawn_with_the_mouse_taken_back_and_cleared_and_a_scribble_c
         mass = levels.sum(1 - axis)
         assert abs((mass * (torch.arange(28) + 0.5)).sum() / mass.sum() - 14.5) < 0.1  # the centre of mass, where MNIST has it
     assert 19 <= (levels.amax(1) > 0).sum() <= 21  # the box of MNIST
-    draw(page, frame, SCRIBBLE)
+    draw(page, frame, SCRIBBLE, steps=1)
     both = read(frame)
     frame.get_by_role("button", name="Undo").click()
     assert read(frame)[4] == seven[4]
@@ -138,7 +138,7 @@ def test_a_digit_is_drawn_with_the_mouse_taken_back_and_cleared_and_a_scribble_c
     assert frame.inner_text("output") == "Draw a digit, or choose one."
     assert frame.inner_text("td.mine.sum") == "–"
     assert pixels(frame, ".pair div:first-child canvas").max() == 0
-    draw(page, frame, SCRIBBLE)
+    draw(page, frame, SCRIBBLE, steps=1)
     assert min(read(frame)[4], both[4]) > max(seven[4], start[4]) + 50
     assert "more than" in frame.inner_text("output")
 

@@ -82,6 +82,9 @@ GEOMETRY = """() => {  // what runs out, lies over something, stands apart or ca
         const style = getComputedStyle(part), scrolls = ["auto", "scroll"].includes(style.overflowX);
         if (scrolls && part.scrollWidth > part.clientWidth + 1 && !style.backgroundAttachment.includes("local"))
             faults.push(`${says(part)} scrolls in its box without a mark`);
+        const rows = part.matches("table") ? [...part.rows] : [];
+        if (part.scrollWidth > part.clientWidth + 1 && rows.some(row => getComputedStyle(row).backgroundColor !== "rgba(0, 0, 0, 0)"))
+            faults.push(`the rows of ${says(part)} hide its mark`);
         if (innerWidth >= 1280 && part.matches("table, mjx-container") && part.scrollWidth > part.clientWidth + 1)
             faults.push(`${says(part)} does not fit its column on a desk`);
         let box = part.parentElement;

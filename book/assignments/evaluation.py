@@ -399,8 +399,8 @@ print(verdicts["full_posterior"])
 #
 # Then a VAE of handwritten digits trains with your mixture as its prior, in some seconds on one core.
 # Your functions estimate $\log p(x)$ of the 297 test digits from runs of draws, and say how many count.
-# A right solution reaches about -141 nats with 500 draws (five trainings of the model answer: -141.7 to -140.9), and about -181 with `FAST`, whose run has 4 epochs instead of 40 and 50 draws.
-# The cell fails below -155 nats, with `FAST` below -200: then something is wrong that no part shows by itself.
+# A right solution reaches about −141 nats with 500 draws (five trainings of the model answer: −141.7 to −140.9), and about −181 with `FAST`, whose run has 4 epochs instead of 40 and 50 draws.
+# The cell fails below −155 nats, with `FAST` below −200: then something is wrong that no part shows by itself.
 
 # %%
 ready = len(verdicts) == 8 and all(verdicts.values())

@@ -422,7 +422,7 @@ print(extra)
 # %% [markdown]
 # If it is right, the next cell trains a small model with it on digits: 8 places, each with one of 16 codes of 4 numbers.
 # The rate under a prior that gives all rows the same probability is $8 \log 16 = 22.2$ nats, and only with it is there a bound.
-# Five trainings with the model answer gave -152.4 to -143.2 nats on the 297 test digits, with a perplexity of 7.4 to 14.8; with `FAST`, in 4 epochs instead of 40, -196.7 to -194.9 nats.
+# Five trainings with the model answer gave −152.4 to −143.2 nats on the 297 test digits, with a perplexity of 7.4 to 14.8; with `FAST`, in 4 epochs instead of 40, −196.7 to −194.9 nats.
 
 # %%
 places, size, count = 8, 4, 16
@@ -532,8 +532,8 @@ else:
 # %% [markdown]
 # Now digits: 5 latents above 20, all networks with one hidden layer, in some seconds on one core.
 # The cell prints the ELBO of the 297 test digits, with ten draws of each, and the KL of each layer.
-# A right solution reaches about -134 nats (five trainings of the model answer: -135.1 to -133.4), and about -167 with `FAST`, whose run has 4 epochs instead of 40.
-# The cell fails below -150 nats, with `FAST` below -190: then something is wrong that no part shows by itself.
+# A right solution reaches about −134 nats (five trainings of the model answer: −135.1 to −133.4), and about −167 with `FAST`, whose run has 4 epochs instead of 40.
+# The cell fails below −150 nats, with `FAST` below −190: then something is wrong that no part shows by itself.
 
 
 # %%

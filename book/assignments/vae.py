@@ -25,7 +25,7 @@
 # ruff: noqa: E402
 
 # %% [markdown]
-# # Assignment: a variational autoencoder, part by part
+# # Assignment 1: a variational autoencoder, part by part
 #
 # You write the eight parts of a VAE, and two short answers.
 # Then your parts train together on handwritten digits.
@@ -403,8 +403,8 @@ print(verdicts["retrieval"])
 # They are rough: the set is small, and so is the network.
 #
 # The last cell prints the bound with 50 samples on the 297 test digits.
-# A right solution reaches about -133 nats (five trainings of the model answer: -134.1 to -132.4), and about -176 with `FAST`, whose run has 4 epochs instead of 40.
-# The cell fails below -150 nats, with `FAST` below -195: then something is wrong that no part shows by itself.
+# A right solution reaches about −133 nats (five trainings of the model answer: −134.1 to −132.4), and about −176 with `FAST`, whose run has 4 epochs instead of 40.
+# The cell fails below −150 nats, with `FAST` below −195: then something is wrong that no part shows by itself.
 
 # %%
 ready = len(verdicts) == 8 and all(verdicts.values())
