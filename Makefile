@@ -13,6 +13,9 @@ CHAPTERS := $(shell sed -n '/numbered: true/,/caption:/s|.*file: \(.*\)|book/\1.
 CHAPTERS_STRICT := $(filter book/elbo.ipynb,$(CHAPTERS))
 CHAPTERS_LAX := $(filter-out $(CHAPTERS_STRICT),$(CHAPTERS))
 
+# Tests of the rendered pages and of what runs in a browser.
+PAGES := $(foreach name,built_book web front print notebooks widgets drawing_board,tests/test_$(name).py)
+
 # How long `make gpu` may take.
 GPU_MINUTES ?= 12
 
@@ -36,7 +39,7 @@ $(READY): pyproject.toml constraints.txt
 test: test-unit test-notebooks ## unit tests and every notebook, fast tier, no network
 
 test-unit: $(READY) ## the first half of it
-	$(ONE_THREAD) $(BIN)/python -m pytest tests -m "not real_data" $(EVERY_CORE)
+	$(ONE_THREAD) $(BIN)/python -m pytest tests -m "not real_data" $(EVERY_CORE) $(addprefix --ignore=,$(PAGES))
 
 test-notebooks: $(READY) ## the second half
 	$(if $(CHAPTERS_STRICT),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
@@ -67,8 +70,8 @@ pdf: book ## the book as one PDF, _build/vae-book.pdf (needs Chromium)
 slides: book ## slides for teaching, a deck for each chapter, in _build/slides
 	$(BIN)/python book/_scripts/slides.py
 
-test-book: $(READY) ## tests on the rendered pages and notebooks
-	$(BIN)/python -m pytest tests/test_built_book.py tests/test_web.py tests/test_front.py tests/test_print.py tests/test_notebooks.py $(EVERY_CORE)
+test-book: $(READY) ## tests on the rendered pages and notebooks, and of figures in a browser
+	$(ONE_THREAD) $(BIN)/python -m pytest $(PAGES) -m "not real_data" $(EVERY_CORE)
 
 test-devices: $(READY) ## run each chapter on an emulated GPU (no CUDA; some minutes)
 	VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python tests/emulated_device.py $(CHAPTERS)
