@@ -24,7 +24,7 @@ RENDER = $(BIN)/jupyter-book build book --config _config.yml --path-output . -W 
 # What pins the versions; `make setup CONSTRAINTS=` takes the newest.
 CONSTRAINTS = --constraint constraints.txt
 
-.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows vq-rows uses-rows gpu features setup test test-unit test-notebooks test-real test-book book book-sphinx execute equations mutants lint benchmark clean diffusion-rows factors-rows
+.PHONY: help pdf slides lighthouse colab-check dist links test-devices matrix notebooks assignment rows mnist-rows retrieval-rows gan-rows vq-rows uses-rows gpu features setup test test-unit test-notebooks test-strict test-lax test-real test-book book book-sphinx execute equations mutants lint benchmark clean diffusion-rows factors-rows
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -41,9 +41,17 @@ test: test-unit test-notebooks ## unit tests and every notebook, fast tier, no n
 test-unit: $(READY) ## the first half of it
 	$(ONE_THREAD) $(BIN)/python -m pytest tests -m "not real_data" $(EVERY_CORE) $(addprefix --ignore=,$(PAGES))
 
+# Beside each other: the strict ones are few, and one process.
 test-notebooks: $(READY) ## the second half
-	$(if $(CHAPTERS_STRICT),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
-	$(if $(CHAPTERS_LAX),VAELIB_FAST=1 $(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX) $(EVERY_NOTEBOOK))
+	@$(MAKE) --no-print-directory --jobs 2 test-strict test-lax
+
+test-strict test-lax: export VAELIB_FAST = 1
+
+test-strict: $(READY)
+	$(if $(CHAPTERS_STRICT),$(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
+
+test-lax: $(READY)
+	$(if $(CHAPTERS_LAX),$(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX) $(EVERY_NOTEBOOK))
 
 test-real: $(READY) ## tests on the real data sets in $VAELIB_DATA
 	$(ONE_THREAD) $(BIN)/python -m pytest tests -m real_data $(EVERY_CORE)

@@ -194,7 +194,7 @@ def test_a_linear_vae_trained_by_fit_reaches_the_evidence_of_pca(small_digits):
     data = model.likelihood.observe(small_digits.pixels).flatten(1).numpy()
     pca = PCA(latent_dim).fit(data)
     truth = pca.score(data)
-    config = TrainConfig(epochs=150, batch_size=100, learning_rate=0.02, progress=False, device="cpu")
+    config = TrainConfig(epochs=80, batch_size=100, learning_rate=0.02, progress=False, device="cpu")
     vaelib.fit(model, small_digits, config=config)
     elbo = heldout_elbo(model, small_digits, num_samples=20).elbo.mean().item()
     assert truth - 0.5 < elbo < truth + 0.05
@@ -298,7 +298,7 @@ def test_fit_leaves_a_linear_vae_with_the_predicted_units_and_nats(small_digits)
     live = int((predicted > 0).sum())
     assert 3 <= live <= latent_dim - 3
     vaelib.fit(
-        model, small_digits, config=TrainConfig(epochs=150, batch_size=100, learning_rate=0.02, progress=False, device="cpu")
+        model, small_digits, config=TrainConfig(epochs=80, batch_size=100, learning_rate=0.02, progress=False, device="cpu")
     )
     measured = vaelib.kl_per_unit(model, small_digits).sort(descending=True).values.double()
     assert measured.sum().item() == pytest.approx(predicted.sum().item(), abs=0.1)

@@ -576,6 +576,11 @@ def test_a_compiled_model_takes_the_same_steps(split, monkeypatch):
         return of(model) if mode is None else of(model, backend="eager")  # to make machine code once takes half a minute
 
     monkeypatch.setattr(torch, "compile", noted)
+    import torch._inductor.config as inductor
+
+    # neither a pool of processes nor a program for each of the processor's extensions, to see whether it has them
+    monkeypatch.setattr(inductor, "compile_threads", 1)
+    monkeypatch.setattr(inductor.cpp, "vec_isa_ok", False)
     for compiled in (False, True, "reduce-overhead"):
         torch.manual_seed(0)
         model = mlp_vae((1, 28, 28), (16,), 2)
