@@ -13,6 +13,8 @@ from urllib.parse import urljoin, urlparse
 from dark_figures import dark
 from docutils import nodes
 from PIL import Image
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.alpha import Style
 from sphinx.util.osutil import relative_uri
 
 LENGTH = 110  # a description ends with the sentence that reaches so many characters
@@ -186,6 +188,15 @@ def mend(app, error):
     )
     (folder / "sitemap.xml").write_text(site_map, encoding="utf-8")
     shutil.copyfile(folder / app.builder.get_target_uri(app.config.root_doc), folder / "index.html")  # in place of a redirect
+
+
+class SurnamesFirst(Style):
+    """An entry of the references begins with the name that it is sorted by and cited under."""
+
+    default_name_style = "lastfirst"
+
+
+register_plugin("pybtex.style.formatting", "surnames", SurnamesFirst)
 
 
 def setup(app):

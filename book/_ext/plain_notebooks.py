@@ -21,6 +21,7 @@ from sphinx.errors import SphinxError
 from sphinx.locale import admonitionlabels
 
 SPECIAL = re.compile(r"[\\`*_$~]|(?<=\])\(")  # what Markdown would read as markup in a line of text
+CLOSING = re.compile(r"[.,;]*")  # what stays on the line of the formula before it
 OPENING = re.compile(r"^([#>+-]|\d+[.)])(?=\s)", re.MULTILINE)  # and at its beginning
 DEVICE = """
 
@@ -181,7 +182,14 @@ class Chapter:
         raise NoRule(f"for {what or type(node).__name__} ({self.docname}, cell {cell}, line {line}): {node.astext()[:60]!r}")
 
     def inline(self, node):
-        return "".join(map(self.render, node.children))
+        """A line of text. Jupyter may break it behind a formula, so the comma or full stop that follows goes inside."""
+        parts = [*map(self.render, node.children), ""]
+        for index, child in enumerate(node.children):
+            if isinstance(child, nodes.math):
+                closing = CLOSING.match(parts[index + 1])[0]
+                parts[index] = f"{parts[index][:-1]}{closing}$"
+                parts[index + 1] = parts[index + 1][len(closing) :]
+        return "".join(parts)
 
     def group(self, node):
         """Blocks, one after another."""

@@ -269,7 +269,7 @@ print(verdicts["layered_posterior"])
 #
 # In: a `model`; `x`, $(N, \dots)$; `eps2`, $(N, L_2)$, and `eps1`, $(N, L_1)$.
 # Out: one number for each image, $(N,)$, nats; higher is better.
-# `model.posterior2(x)`, `model.posterior1(x, z2)` and `model.prior1(z2)` give mean and log_var of $q(z_2 \mid x)$, $q(z_1 \mid x, z_2)$ and $p(z_1 \mid z_2)$; `model.log_likelihood(x, z1)` gives $\log p(x \mid z_1)$, $(N,)$.
+# `model.posterior2(x)`, `model.posterior1(x, z2)` and `model.prior1(z2)` give mean and `log_var` of $q(z_2 \mid x)$, $q(z_1 \mid x, z_2)$ and $p(z_1 \mid z_2)$; `model.log_likelihood(x, z1)` gives $\log p(x \mid z_1)$, $(N,)$.
 # For a KL you may call `vaelib.gaussian_kl(mean, log_var)`, to $\mathcal N(0, I)$, or `vaelib.gaussian_kl(mean, log_var, prior_mean, prior_log_var)`.
 
 # %% answer="layered_elbo" without=".elbo("
@@ -358,7 +358,7 @@ print(verdicts["layered_evidence"])
 #
 # In: a `model`; standard normal noise `eps2`, $(N, L_2)$, and `eps1`, $(N, L_1)$.
 # Out: what `model.decode(z1)` gives.
-# `model.prior1(z2)` gives mean and log_var of $p(z_1 \mid z_2)$.
+# `model.prior1(z2)` gives mean and `log_var` of $p(z_1 \mid z_2)$.
 
 # %% answer="ancestral" without="vaelib"
 def ancestral(model, eps2, eps1):
