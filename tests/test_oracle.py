@@ -297,9 +297,7 @@ def test_fit_leaves_a_linear_vae_with_the_predicted_units_and_nats(small_digits)
     predicted = linear_rate(components.eigenvalues, scale)
     live = int((predicted > 0).sum())
     assert 3 <= live <= latent_dim - 3
-    vaelib.fit(
-        model, small_digits, config=TrainConfig(epochs=80, batch_size=100, learning_rate=0.02, progress=False, device="cpu")
-    )
+    vaelib.fit(model, small_digits, config=TrainConfig(epochs=80, batch_size=100, learning_rate=0.02, progress=False, device="cpu"))
     measured = vaelib.kl_per_unit(model, small_digits).sort(descending=True).values.double()
     assert measured.sum().item() == pytest.approx(predicted.sum().item(), abs=0.1)
     assert (measured[:live] - predicted[:live]).abs().max() < 0.1
