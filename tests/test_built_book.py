@@ -176,6 +176,14 @@ def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_
     purple, tint, grey = (turned[100, column, :3].max() * turned[100, column, 3] / 255 for column in (80, 100, 120))
     assert purple > 150 > grey > tint  # a colour of middle lightness is seen; what was pale or grey stays behind it
 
+    depth = np.linspace(0, 1, 300)  # the shades of a density, from nearly white over blue to a dark blue
+    shades = np.stack([np.interp(depth, [0, 0.5, 1], values) for values in ((250, 107, 8), (252, 174, 48), (255, 214, 107))], 1)
+    density = np.tile(ground, (200, 500, 1))
+    density[70:130, 100:400] = shades.round()
+    turned = np.asarray(dark(Image.fromarray(density))).astype(int)[100, 100:400]
+    steps = np.diff(turned[:, :3].max(1) * turned[:, 3])
+    assert 0 <= steps.min() and steps.max() < 4 * 255  # lighter step by step, with no edge where there was none
+
     grid = np.tile(ground, (60, 124, 1))  # a label and two photographs, between which is a gap
     grid[20:40, 4:10] = ink
     noise = np.random.default_rng(0).integers(0, 200, (60, 50, 3), np.uint8)

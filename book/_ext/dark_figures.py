@@ -5,6 +5,7 @@ a photograph that is inverted is another one: there only the frame around them c
 """
 
 import numpy as np
+from matplotlib.colors import rgb_to_hsv
 from PIL import Image
 from scipy import ndimage
 
@@ -79,6 +80,12 @@ def frame_of(levels: np.ndarray, free: bool = False) -> np.ndarray:
     return frame
 
 
+def is_shading(colours: np.ndarray) -> bool:
+    """Whether strong colours (N, 3) are the shades of a density: none of them much more frequent than others, and all of one hue."""
+    shades, counts = np.unique(colours, axis=0, return_counts=True)
+    return np.sort(counts)[-12:].sum() < 0.2 * counts.sum() and np.ptp(rgb_to_hsv(shades / 255)[:, 0]) < 0.1
+
+
 def dark(figure: Image.Image, free: bool = False) -> Image.Image:
     """The figure for a dark page, RGBA, of the same size; `free` as for `frame_of`."""
     ground = Image.new("RGBA", figure.size, "white")
@@ -87,7 +94,8 @@ def dark(figure: Image.Image, free: bool = False) -> Image.Image:
     high, low = levels.max(2), levels.min(2)
     shift = 255 - high - low  # lightness l -> 1 - l, the same hue
     strong = (high < TINT) & (high - low > GREY)
-    shift = np.where(strong, np.maximum(shift, 135 - (high + low) / 2), shift)  # a purple line stays one that is seen
+    if not is_shading(levels[strong]):  # a purple line stays one that is seen
+        shift = np.where(strong, np.maximum(shift, 135 - (high + low) / 2), shift)
     turned = levels + shift[..., None]
     cover = turned.max(2)[..., None]  # black is nothing, so that the page shows through
     drawn = np.concatenate([255 * turned / np.maximum(cover, 1), cover], 2)

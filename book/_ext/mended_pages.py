@@ -16,6 +16,7 @@ from PIL import Image
 from pybtex.plugin import register_plugin
 from pybtex.style.formatting.alpha import Style
 from sphinx.util.osutil import relative_uri
+from unbroken import unbroken
 
 LENGTH = 110  # a description ends with the sentence that reaches so many characters
 MATHS = "\ufffc"  # stands for a formula
@@ -46,6 +47,8 @@ RULES = [  # pattern, what replaces it
     (r"(<td[^>]*>)<p>([^<]*\d) \(([\d.]+) to ([\d.]+\)</p></td>)", r'\1<p class="spread">\2 (\3&nbsp;to&nbsp;\4'),
     (r"([^<> ]) = ([^<> ]+</p></t[dh]>)", r"\1&nbsp;=&nbsp;\2"),
     (r"<td><p>(\d{4}-\d\d-\d\d)</p>", r'<td><p class="unbroken">\1</p>'),
+    (r"<p>.*?</p>|<(?:caption|figcaption)>.*?</(?:caption|figcaption)>", lambda text: unbroken(text[0], "&nbsp;")),
+    (r"<td><p>\((?:[\w/]{1,3}, )+[\w/.]{0,3}\)", lambda shape: shape[0].replace(", ", ",&nbsp;")),
     # So do the two parts of a reference, and the parts of a date; a space before a link is not underlined.
     (r">(Fig\.|Table|Eq\.|Exercise) (?=[\d.]+</)", r">\1&nbsp;"),
     (r"(, )(\d{4}-\d\d-\d\d)(?=\.</strong>)", r'\1<span class="unbroken">\2</span>'),

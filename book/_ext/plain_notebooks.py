@@ -19,6 +19,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from sphinx.builders import Builder
 from sphinx.errors import SphinxError
 from sphinx.locale import admonitionlabels
+from unbroken import unbroken
 
 SPECIAL = re.compile(r"[\\`*_$~]|(?<=\])\(")  # what Markdown would read as markup in a line of text
 CLOSING = re.compile(r"[.,;]*")  # what stays on the line of the formula before it
@@ -189,7 +190,7 @@ class Chapter:
                 closing = CLOSING.match(parts[index + 1])[0]
                 parts[index] = f"{parts[index][:-1]}{closing}$"
                 parts[index + 1] = parts[index + 1][len(closing) :]
-        return "".join(parts)
+        return unbroken("".join(parts))
 
     def group(self, node):
         """Blocks, one after another."""

@@ -395,11 +395,11 @@ print(verdicts["full_posterior"])
 # ## All together (no points)
 #
 # First a model whose $\log p(x)$ is known: your estimate against the truth, with more and more draws.
-# A code of eight latents is asked of a posterior with deviations that are one and a half times too large.
+# It has eight latents, and draws codes from a posterior whose deviations are one and a half times too large.
 #
 # Then a VAE of handwritten digits trains with your mixture as its prior, in some seconds on one core.
 # Your functions estimate $\log p(x)$ of the 297 test digits from runs of draws, and say how many count.
-# A right solution reaches about −141 nats with 500 draws (five trainings of the model answer: −141.7 to −140.9), and about −181 with `FAST`, whose run has 4 epochs instead of 40 and 50 draws.
+# A right solution reaches about −141 nats with 500 draws (five trainings of the model answer: −141.7 to −140.9), and about −181 with `FAST`, whose run has 4 epochs instead of 40, and 50 draws instead of 500.
 # The cell fails below −155 nats, with `FAST` below −200: then something is wrong that no part shows by itself.
 
 # %%

@@ -381,7 +381,7 @@ print(verdicts["ancestral"])
 # ## Extra: codes from a list (0 points)
 #
 # Another way to a prior beyond $\mathcal N(0, I)$: a code is a row of entries of a list, and the prior a model of such rows.
-# Whoever would rather have a vector-quantized model writes its heart here; it counts where your teacher says that it does.
+# Whoever would rather have a vector-quantized model writes its central part here; it counts where your teacher says that it does.
 #
 # An output $o_i$ of the encoder is replaced by the nearest of $K$ codes, $k_i = \operatorname{arg\,min}_k \| o_i - e_k \|^2$, and has a loss of its own:
 #
@@ -531,9 +531,9 @@ else:
 
 # %% [markdown]
 # Now digits: 5 latents above 20, all networks with one hidden layer, in some seconds on one core.
-# The cell prints the ELBO of the 297 test digits, with ten draws of each, and the KL of each layer.
+# The last cell prints the ELBO of the 297 test digits, with ten draws of each, and the KL of each layer.
 # A right solution reaches about −134 nats (five trainings of the model answer: −135.1 to −133.4), and about −167 with `FAST`, whose run has 4 epochs instead of 40.
-# The cell fails below −150 nats, with `FAST` below −190: then something is wrong that no part shows by itself.
+# It fails below −150 nats, with `FAST` below −190: then something is wrong that no part shows by itself.
 
 
 # %%
