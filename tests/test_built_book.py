@@ -182,7 +182,8 @@ def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_
     density[70:130, 100:400] = shades.round()
     turned = np.asarray(dark(Image.fromarray(density))).astype(int)[100, 100:400]
     steps = np.diff(turned[:, :3].max(1) * turned[:, 3])
-    assert 0 <= steps.min() and steps.max() < 4 * 255  # lighter step by step, with no edge where there was none
+    assert steps.min() >= 0  # lighter step by step, with no edge where there was none
+    assert steps.max() < 4 * 255
 
     grid = np.tile(ground, (60, 124, 1))  # a label and two photographs, between which is a gap
     grid[20:40, 4:10] = ink

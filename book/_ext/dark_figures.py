@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 WHITE = 240  # of 255: as light as this is the ground
-GAP = 8  # pixels: a wider band of white in a single row or column of pictures belongs to one of them
+GAP = 10  # pixels: a wider band of white in a single row or column of pictures belongs to one of them
 SIDE = 100  # pixels of a dark block in a free layout, at least
 LENGTH, WIDTH = 48, 8  # pixels of a filled rectangle, at least: a colour bar is narrow
 TINT, GREY = 220, 60  # of 255: brightest channel of what is no pale tint, spread of the channels of what is no grey
@@ -70,7 +70,7 @@ def frame_of(levels: np.ndarray, free: bool = False) -> np.ndarray:
     grid = paper[top:, left:]
     bands = []  # of each direction: start, end, whether it lies inside of the grid
     for share in (grid.mean(1), grid.mean(0)):
-        edges = np.flatnonzero(np.diff(np.pad((share > 0.97).astype(int), 1))).reshape(-1, 2)
+        edges = np.flatnonzero(np.diff(np.pad((share > 0.95).astype(int), 1))).reshape(-1, 2)
         bands.append([(start, end, start > 0 and end < len(share), share[start:end].min() == 1) for start, end in edges])
     for own, other, part in ((bands[0], bands[1], frame[top:, left:]), (bands[1], bands[0], frame[top:, left:].T)):
         table = any(inside for _, _, inside, _ in other)
