@@ -135,13 +135,20 @@ class Chapter:
         text = f"# @title {title}\n" * bool(title) + cell.source
         count = cell.execution_count
         self.cells.append(new_code_cell(text, id=cell.id, metadata=metadata, outputs=cell.outputs, execution_count=count))
-        captioned = any("</figcaption>" in output.get("data", {}).get("text/html", "") for output in cell.outputs)
+        pages = [output.data["text/html"] for output in cell.outputs if "text/html" in output.get("data", {})]
+        captioned = any("</figcaption>" in page for page in pages)
         for part in shown:
+            number = self.number(part)
             if isinstance(part, nodes.figure) and not captioned:
-                caption = f"**{self.number(part)}**. {self.inline(next(part.findall(nodes.caption)))}"
+                words = f"**{number}**. {self.inline(next(part.findall(nodes.caption)))}"
+                words = fold(f"Caption of {number}", [words]) if hide_outputs else words
+            elif hide_outputs:
+                words = f"↑ **{number}**, folded"
             else:
-                caption = f"↑ **{self.number(part)}**"  # the output has its words
-            self.blocks = [self.anchors(part) + (fold(self.number(part), [caption]) if hide_outputs else caption)]
+                words = f"↑ **{number}**"  # the output has its words
+            if any("vaelib-widget" in page for page in pages):
+                words += ". It is a still picture until the cell is run or the notebook trusted."
+            self.blocks = [self.anchors(part) + words]
             self.flush()
 
     def solution(self, node):
