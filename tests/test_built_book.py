@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 HTML = ROOT / "_build" / "html"
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
 from dark_figures import dark  # noqa: E402
+from mended_pages import RULES  # noqa: E402
 
 PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
 ASSIGNMENTS = [name for name in PAGES if name.startswith("assignments/")]
@@ -230,3 +231,13 @@ def test_each_figure_has_a_drawing_for_each_scheme(name):
         with Image.open(folder / image["src"]) as figure, Image.open(folder / image["src"].replace(".dark", "")) as other:
             assert figure.size == other.size
             assert figure.getpixel((0, 0))[3] == 0 or figure.getpixel((figure.width - 1, figure.height - 1))[3] == 0, image["src"]
+
+
+def test_a_column_of_plain_numbers_is_marked_and_one_of_words_or_spreads_is_not():
+    rows = [("th", "of", "nats", "share", "found by"), ("td", "a", "−1.5", "0.2 ± 0.1", "none"), ("td", "b", "12", "0.3", "4")]
+    lines = ["".join(f"<{kind}><p>{text}</p></{kind}>" for text in texts) for kind, *texts in rows]
+    table = '<table class="table"><thead><tr>' + "</tr><tr>".join(lines) + "</tr></table>"
+    for pattern, replacement in RULES:
+        table = re.sub(pattern, replacement, table, flags=re.DOTALL)
+    marked = BeautifulSoup(table, "html.parser").select("[data-number]")
+    assert [cell.get_text() for cell in marked] == ["nats", "−1.5", "12"]

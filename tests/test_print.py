@@ -191,7 +191,7 @@ def test_numbers_on_slides_are_those_of_the_book(name, decks):
     book = BeautifulSoup((HTML / f"{name}.html").read_text(encoding="utf-8"), "html.parser")
     captions = [tag.get_text().strip() for tag in book.select("figcaption .caption-number")]
     page = deck(decks, name)
-    shown = [re.match(r"Fig\. \d+\.\d+", caption.get_text())[0] for caption in page.select("figcaption")]
+    shown = [re.match(r"Fig\.\s\d+\.\d+", caption.get_text())[0] for caption in page.select("figcaption")]
     assert [number.rstrip(".") for number in captions if number.startswith("Fig.")][: len(shown)] == shown
     numbers = [tag.get_text().strip("()#") for tag in book.select("span.eqno")]
     assert [tag.get_text() for tag in page.select(".equation .number")] == numbers[: len(page.select(".equation .number"))]

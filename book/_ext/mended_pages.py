@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import itertools
 import re
 import shutil
 from html import escape, unescape
@@ -32,6 +33,19 @@ def in_parts(name: re.Match) -> str:
     return re.sub(r"(?<=[\w)\]])([_./(,=]+)(?=[^\W\d_]\w{3})", r"\1<wbr>", name[0])
 
 
+def in_columns(table: re.Match) -> str:
+    """A table with a mark on columns of plain numbers: they stand flush right, their digits one below the other."""
+    rows = [re.findall(r"<(t[dh])[ >](.*?)</\1>", row, re.DOTALL) for row in re.findall(r"<tr.*?</tr>", table[0], re.DOTALL)]
+    if len({*map(len, rows)}) != 1:
+        return table[0]
+    marks = []
+    for column in zip(*rows, strict=True):
+        texts = [re.sub(r"[^<]*>|<[^>]*>", "", text) for kind, text in column if kind == "td"]
+        marks.append(len(texts) > 1 and all(re.fullmatch(r"[−-]?[\d,.]*\d%?|–|not run", text) for text in texts))
+    marks = itertools.cycle(' data-number=""' if mark else "" for mark in marks)
+    return re.sub(r"<t[dh](?=[ >])", lambda cell: cell[0] + next(marks), table[0])
+
+
 FORMULA = r'<span class="math notranslate nohighlight">\\\([^<]*\\\)</span>'
 RULES = [  # pattern, what replaces it
     # The accessible name has to contain the words that are seen (WCAG 2.5.3).
@@ -58,6 +72,7 @@ RULES = [  # pattern, what replaces it
     (r'<span class="pre">[^<]{26,}</span>', in_parts),
     # The two hyphens of an option are not torn apart.
     (r'<span class="pre">(-[^<]{1,20})</span>', r'<span class="pre option">\1</span>'),
+    (r'<table class="table".*?</table>', in_columns),
     # A table that scrolls inside its box on a phone is reached by keyboard.
     (r'<table class="table', r'<table tabindex="0" class="table'),
     # A role that ARIA dropped; the list around it stays.
