@@ -196,7 +196,7 @@ def test_every_kind_of_node_becomes_plain_markdown(line, text):
 
 
 def test_a_number_keeps_its_unit_and_its_spread_and_a_reference_its_number(text):
-    assert f"7 ±{TIED}2{TIED}nats" in text
+    assert f"7{TIED}±{TIED}2{TIED}nats" in text
     assert f"See [Eq.{TIED}1.1](#equation-twice), [Two](#sec-two), [Fig.{TIED}1.1](#fig-dot)" in text
 
 
