@@ -335,7 +335,7 @@ WRITTEN = [
     ("likelihood", "not-summed", ".flatten(1).sum(1)", ""),
     ("likelihood", "mean-pixels", ".flatten(1).sum(1)", ".flatten(1).mean(1)"),
     ("likelihood", "sign", "return log_mass", "return -log_mass"),
-    ("likelihood", "no-tails", "torch.where(x < -0.999, upper, torch.where(x > 0.999, lower, inner))", "inner"),
+    ("likelihood", "no-tails", "torch.where(x.abs() > 0.999, ends, inner)", "inner"),
     ("likelihood", "overflow", "torch.log(-torch.expm1(-2 / 255 * inverse))", "torch.log(1 - torch.exp(-2 / 255 * inverse))"),
     ("likelihood", "detached", "torch.exp(-log_scale)", "torch.exp(-log_scale.detach())"),
     ("likelihood", "swapped", "location, log_scale = params", "log_scale, location = params"),

@@ -533,7 +533,7 @@ else:
 # Now digits: 5 latents above 20, all networks with one hidden layer, in some seconds on one core.
 # The last cell prints the ELBO of the 297 test digits, with ten draws of each, and the KL of each layer.
 # A right solution reaches about −134 nats (five trainings of the model answer: −135.1 to −133.4), and about −167 with `FAST`, whose run has 4 epochs instead of 40.
-# It fails below −150 nats, with `FAST` below −190: then something is wrong that no part shows by itself.
+# The cell fails below −150 nats, with `FAST` below −190: then something is wrong that no part shows by itself.
 
 
 # %%

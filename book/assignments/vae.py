@@ -78,6 +78,7 @@ verdicts = {}  # task -> what its checker found
 # In: `mean` and `log_var`, each $(N, L)$.
 # Out: one number for each image, $(N,)$, nats.
 
+
 # %% answer="kl" without="vaelib kl_divergence"
 def kl(mean, log_var):
     """KL(N(mean, exp(log_var)) || N(0, I)): (N, L) and (N, L) -> (N,), nats."""
@@ -105,6 +106,7 @@ print(verdicts["kl"])
 #
 # In: `mean`, `log_var` and the noise `eps`, each $(N, L)$.
 # Out: $z$, $(N, L)$, with a gradient for `mean` and `log_var`.
+
 
 # %% answer="reparameterize" without="vaelib"
 def reparameterize(mean, log_var, eps):
@@ -136,11 +138,16 @@ print(verdicts["reparameterize"])
 # Out: one number for each image, $(N,)$, nats; higher is better.
 # For the KL you may call `vaelib.gaussian_kl(mean, log_var)`.
 
+
 # %% answer="elbo" without="vaelib.Bernoulli ElboTerms"
 def elbo(x, mean, log_var, logits):
-    """Log-likelihood minus KL: x and logits (N, C, H, W), mean and log_var (N, L) -> (N,), nats."""
+    """Log-likelihood minus KL, nats (N,).
+
+    x and logits are (N, C, H, W), mean and log_var (N, L).
+    """
     ### BEGIN SOLUTION
-    log_likelihood = -F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+    bce = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    log_likelihood = -bce.flatten(1).sum(1)
     return log_likelihood - vaelib.gaussian_kl(mean, log_var)
     ### END SOLUTION
 
@@ -195,6 +202,7 @@ print(verdicts["elbo"])
 # Out: one number for each image, $(N,)$, nats, finite also where a parameter is $\pm 30$.
 # Helpful: `F.logsigmoid`, `torch.expm1`, and $b - a = \frac{2}{255\, \sigma}$ computed directly.
 
+
 # %% answer="likelihood" without="vaelib"
 class Likelihood:
     """The discretized logistic on 256 levels."""
@@ -210,7 +218,8 @@ class Likelihood:
         upper = F.logsigmoid((x + 1 / 255 - location) * inverse)
         lower = F.logsigmoid((location - x + 1 / 255) * inverse)
         inner = upper + lower + torch.log(-torch.expm1(-2 / 255 * inverse))
-        log_mass = torch.where(x < -0.999, upper, torch.where(x > 0.999, lower, inner))
+        ends = torch.where(x > 0, lower, upper)
+        log_mass = torch.where(x.abs() > 0.999, ends, inner)
         return log_mass.flatten(1).sum(1)
         ### END SOLUTION
 
@@ -234,6 +243,7 @@ print(verdicts["likelihood"])
 #
 # In: `log_weights`, $(K, N)$, nats; they may be near $\pm 1000$.
 # Out: one number for each image, $(N,)$, nats.
+
 
 # %% answer="iwae" without="vaelib"
 def iwae(log_weights):
@@ -265,6 +275,7 @@ print(verdicts["iwae"])
 # Layers are your choice; one hidden layer of some 200 units is enough.
 # The networks must work for `image_shape` $(1, 8, 8)$ and $(1, 28, 28)$, and what one image gives must not depend on its batch.
 
+
 # %% answer="networks" without="vaelib"
 class Encoder(nn.Module):
     """x (N, C, H, W) -> mean and log_var, each (N, L)."""
@@ -272,7 +283,9 @@ class Encoder(nn.Module):
     def __init__(self, image_shape, latent_dim):
         super().__init__()
         ### BEGIN SOLUTION
-        self.hidden = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), 200), nn.ReLU())
+        self.hidden = nn.Sequential(
+            nn.Flatten(), nn.Linear(math.prod(image_shape), 200), nn.ReLU()
+        )
         self.mean = nn.Linear(200, latent_dim)
         self.log_var = nn.Linear(200, latent_dim)
         ### END SOLUTION
@@ -292,7 +305,10 @@ class Decoder(nn.Module):
         ### BEGIN SOLUTION
         pixels = math.prod(image_shape)
         self.layers = nn.Sequential(
-            nn.Linear(latent_dim, 200), nn.ReLU(), nn.Linear(200, pixels), nn.Unflatten(1, tuple(image_shape))
+            nn.Linear(latent_dim, 200),
+            nn.ReLU(),
+            nn.Linear(200, pixels),
+            nn.Unflatten(1, tuple(image_shape)),
         )
         ### END SOLUTION
 
@@ -303,13 +319,19 @@ class Decoder(nn.Module):
 
 
 # %%
-print(checks.check_encoder_decoder(Encoder((1, 8, 8), 4), Decoder(4, (1, 8, 8)), (1, 8, 8), 4))
+print(
+    checks.check_encoder_decoder(
+        Encoder((1, 8, 8), 4), Decoder(4, (1, 8, 8)), (1, 8, 8), 4
+    )
+)
 
 # %% test="networks" points=12
 for image_shape, latent_dim in (((1, 8, 8), 4), ((1, 28, 28), 20)):
     torch.manual_seed(0)
     pair = Encoder(image_shape, latent_dim), Decoder(latent_dim, image_shape)
-    verdicts["networks"] = checks.check_encoder_decoder(*pair, image_shape, latent_dim)
+    verdicts["networks"] = checks.check_encoder_decoder(
+        *pair, image_shape, latent_dim
+    )
     assert verdicts["networks"], verdicts["networks"]
 print(verdicts["networks"])
 
@@ -343,14 +365,19 @@ print(verdicts["networks"])
 # `model.encode(x)` gives `mean` and `log_var`, `model.decode(z)` the logits.
 # You may call `vaelib.gaussian_kl` and `vaelib.reparameterize`, but not `model.elbo`: that is what you write here.
 
+
 # %% answer="training_step" without=".elbo( .log_weights("
 def training_step(model, optimizer, x):
-    """One step on minus the mean ELBO of the batch; returns that loss, a float, nats."""
+    """One step on minus the mean ELBO of the batch, the loss.
+
+    Returns that loss, a float, in nats.
+    """
     ### BEGIN SOLUTION
     mean, log_var = model.encode(x)
     z = vaelib.reparameterize(mean, log_var, torch.randn_like(mean))
     logits = model.decode(z)
-    log_likelihood = -F.binary_cross_entropy_with_logits(logits, x, reduction="none").flatten(1).sum(1)
+    bce = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+    log_likelihood = -bce.flatten(1).sum(1)
     loss = (vaelib.gaussian_kl(mean, log_var) - log_likelihood).mean()
     optimizer.zero_grad()
     loss.backward()
@@ -379,11 +406,17 @@ print(verdicts["training_step"])
 # In: `query_codes`, $(Q, L)$; `database_codes`, $(N, L)$; a number $k \le N$.
 # Out: the places of the $k$ nearest in the database, $(Q, k)$, int64, counted from 0, nearest first.
 
+
 # %% answer="retrieval" without="vaelib"
 def retrieval(query_codes, database_codes, k):
-    """The k nearest codes of each query: (Q, L) and (N, L) -> indices (Q, k), nearest first."""
+    """The k nearest codes of each query, nearest first.
+
+    (Q, L) and (N, L) -> indices (Q, k).
+    """
     ### BEGIN SOLUTION
-    return torch.cdist(query_codes, database_codes).topk(k, largest=False).indices
+    return (
+        torch.cdist(query_codes, database_codes).topk(k, largest=False).indices
+    )
     ### END SOLUTION
 
 
@@ -411,14 +444,21 @@ ready = len(verdicts) == 8 and all(verdicts.values())
 if ready:
     torch.manual_seed(0)
     g = torch.Generator().manual_seed(0)
-    train, test = vaelib.load_images("digits"), vaelib.load_images("digits", "test")
+    train = vaelib.load_images("digits")
+    test = vaelib.load_images("digits", "test")
     shape = train.image_shape
-    model = vaelib.VAE(Encoder(shape, 20), Decoder(20, shape), vaelib.Bernoulli(), shape, 20)
+    model = vaelib.VAE(
+        Encoder(shape, 20), Decoder(20, shape), vaelib.Bernoulli(), shape, 20
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(4 if FAST else 40):  # epochs
         batches = vaelib.minibatches(train, 100, g)
-        losses = [training_step(model, optimizer, model.likelihood.observe(pixels, g)) for pixels in batches]
-    print(f"loss in the last epoch: {sum(losses) / len(losses):.1f} nats per image")
+        losses = [
+            training_step(model, optimizer, model.likelihood.observe(pixels, g))
+            for pixels in batches
+        ]
+    mean = sum(losses) / len(losses)
+    print(f"loss in the last epoch: {mean:.1f} nats per image")
     show_images(vaelib.generate(model, 40, seed=0), columns=10)
     plt.show()
 else:
@@ -438,8 +478,11 @@ if ready:
         reached = iwae(model.log_weights(x, 50, generator=g)).mean().item()
         print(f"bound {reached:.1f} nats")
         nearest = retrieval(posterior.mean[:4], codes, 8)  # (4, 8)
-    rows = torch.cat([test.pixels[:4, None], train.pixels[nearest]], 1)  # (4, 9, 1, 28, 28)
+    rows = torch.cat([test.pixels[:4, None], train.pixels[nearest]], 1)
     show_images(rows.flatten(0, 1), columns=9)
     plt.show()
     usual, least = (-176, -195) if FAST else (-133, -150)
-    assert reached > least, f"bound {reached:.1f} nats: a right solution reaches about {usual}, and this one must reach {least}"
+    assert reached > least, (
+        f"bound {reached:.1f} nats: a right solution reaches about {usual}, "
+        f"and this one must reach {least}"
+    )
