@@ -199,7 +199,7 @@ def test_any_two_images_are_joined_by_a_path_of_decoded_codes(figures, deep, dig
     frame.check("input[name=end0][value='3']", force=True)
     frame.focus("input[name=end1][value='1']")
     frame.press("input[name=end1][value='1']", "ArrowRight")
-    assert "image 4 to image 3" in frame.inner_text("output")
+    assert "4th image to 3rd" in frame.inner_text("output")
     frame.fill("input[type=range]", "0.25")
     assert difference(frame, deep, torch.lerp(means[3:4], means[2:3], 0.25)) <= LEVELS
     path = vaelib.interpolate(deep, digits.pixels[3], digits.pixels[2], steps=11)

@@ -4,6 +4,7 @@ const means = floats(data.means), pixels = bytes(data.images), dim = means.lengt
 const ends = [0, 1];
 let spherical = false;
 
+const nth = index => `${index + 1}${["st", "nd", "rd"][index] ?? "th"}`;
 const shown = picture("Decoded image");
 const readout = element("output");
 const slider = element("input", {type: "range", min: 0, max: 1, step: 0.01, "aria-label": "Position t between the two images", oninput: show});
@@ -23,7 +24,7 @@ function code(t) {
 
 function show() {
   paint(shown, decode(code(Number(slider.value))));
-  readout.textContent = `image ${ends[0] + 1} to image ${ends[1] + 1}, t = ${Number(slider.value).toFixed(2)}`;
+  readout.textContent = `${nth(ends[0])} image to ${nth(ends[1])}, t = ${Number(slider.value).toFixed(2)}`;
 }
 
 function choose() {
