@@ -241,3 +241,11 @@ def test_a_column_of_plain_numbers_is_marked_and_one_of_words_or_spreads_is_not(
         table = re.sub(pattern, replacement, table, flags=re.DOTALL)
     marked = BeautifulSoup(table, "html.parser").select("[data-number]")
     assert [cell.get_text() for cell in marked] == ["nats", "−1.5", "12"]
+
+
+def test_a_number_keeps_its_spread_and_its_unit_behind_the_source_of_the_number_too():
+    text = "<p>of −1.5<!-- a:b --> ± 0.2 nats<!-- a:b --> and 3<!-- a:b --> bits on 8 × 8 places, 7 images</p>"
+    for pattern, replacement in RULES:
+        text = re.sub(pattern, replacement, text, flags=re.DOTALL)
+    shown = re.sub(r"<[^>]*>", "", text)
+    assert shown == "of −1.5&nbsp;±&nbsp;0.2&nbsp;nats and 3&nbsp;bits on 8&nbsp;×&nbsp;8 places, 7 images"
