@@ -425,6 +425,12 @@ def test_the_keyboard_opens_the_search_and_the_search_finds_a_page(open_page):
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/search.html?q=Bernoulli*")
     tab.locator("#search-results li a[href*='mnist-mlp.html']").first.wait_for()
+    tab.goto(tab.url.replace("Bernoulli", "encoder"))
+    excerpts = tab.locator("#search-results li p.context")
+    excerpts.nth(4).wait_for()
+    words = " ".join(excerpts.all_inner_texts())
+    assert "encoder" in words.lower()
+    assert not re.search(r"\\[(\[a-z]|^import ", words)  # neither formulas as they are typed nor code
 
 
 def test_folds_open_and_code_is_copied(open_page):
