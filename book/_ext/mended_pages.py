@@ -57,7 +57,7 @@ def in_columns(table: re.Match) -> str:
         texts = [re.sub(r"[^<]*>|<[^>]*>", "", text) for kind, text in column if kind == "td"]
         marks.append(len(texts) > 1 and all(re.fullmatch(r"[−-]?[\d,.]*\d%?|–|not run", text) for text in texts))
     marks = itertools.cycle(' data-number=""' if mark else "" for mark in marks)
-    return re.sub(r"<t[dh](?=[ >])", lambda cell: cell[0] + next(marks), table[0])
+    return re.sub(r'<(t[dh])(?: data-number="")?(?=[ >])', lambda cell: f"<{cell[1]}{next(marks)}", table[0])
 
 
 FORMULA = r'<span class="math notranslate nohighlight">\\\([^<]*\\\)</span>'
@@ -86,7 +86,7 @@ RULES = [  # pattern, what replaces it
     (r'<span class="pre">[^<]{26,}</span>', in_parts),
     # The two hyphens of an option are not torn apart.
     (r'<span class="pre">(-[^<]{1,20})</span>', r'<span class="pre option">\1</span>'),
-    (r'<table class="table".*?</table>', in_columns),
+    (r'<table (?:tabindex="0" )?class="table".*?</table>', in_columns),
     # A table that scrolls inside its box on a phone is reached by keyboard.
     (r'<table class="table', r'<table tabindex="0" class="table'),
     # A role that ARIA dropped; the list around it stays.

@@ -4,7 +4,7 @@ import re
 
 UNITS = r"(?:nats?|bits?|bytes|seconds?|minutes?|hours?|[KMG]i?B)\b"
 TORN = re.compile(
-    rf"(?:(?<=\d)|(?<=-->)) (?={UNITS}|± \d)"  # behind the source of a number too
+    rf"(?:(?<=\d)|(?<=-->)) (?={UNITS}|±)"  # behind the source of a number too
     r"|(?<=±) (?=[\d<])|(?<=\d) (?=× \d)|(?<=\d ×) (?=\d)"  # signs that no formula has
     r"|(?:(?<=\bFig\.)|(?<=\bEq\.)|(?<=\bTable)|(?<=\bExercise)) (?=\d)"
 )
