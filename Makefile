@@ -47,10 +47,10 @@ test-notebooks: $(READY) ## the second half
 
 test-strict test-lax: export VAELIB_FAST = 1
 
-test-strict: $(READY)
+test-strict: $(READY) ## notebooks whose outputs are compared word for word
 	$(if $(CHAPTERS_STRICT),$(ONE_THREAD) $(BIN)/python -m pytest --nbval --nbval-current-env $(CHAPTERS_STRICT))
 
-test-lax: $(READY)
+test-lax: $(READY) ## notebooks that have to run
 	$(if $(CHAPTERS_LAX),$(ONE_THREAD) $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(CHAPTERS_LAX) $(EVERY_NOTEBOOK))
 
 test-real: $(READY) ## tests on the real data sets in $VAELIB_DATA
