@@ -425,6 +425,7 @@ def test_the_keyboard_opens_the_search_and_the_search_finds_a_page(open_page):
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/search.html?q=Bernoulli*")
     tab.locator("#search-results li a[href*='mnist-mlp.html']").first.wait_for()
+    tab.route("**/bootstrap.js*", lambda request: (tab.wait_for_timeout(1000), request.continue_()))  # results come before the page is ready
     tab.goto(tab.url.replace("Bernoulli", "encoder"))
     excerpts = tab.locator("#search-results li p.context")
     excerpts.nth(4).wait_for()

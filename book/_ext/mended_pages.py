@@ -28,18 +28,16 @@ UNFOLDED = """["toggle", "click"].forEach(kind => document.addEventListener(kind
 }, true));"""
 
 # An excerpt on the search page is a page's bare text: without code, and of formulas only letters and numbers.
-EXCERPTS = r"""addEventListener("DOMContentLoaded", () => {
-    const text = Search.htmlToText;
-    Search.htmlToText = (source, anchor) => {
-        const page = new DOMParser().parseFromString(source, "text/html");
-        page.querySelectorAll("div.cell_input, div.math").forEach(part => part.remove());
-        page.querySelectorAll("span.math").forEach(part => {
-            const formula = part.textContent.replace(/^\\\(|\\\)$/g, "");
-            part.textContent = /^[\w ,=]+$/.test(formula) ? formula : "…";
-        });
-        return text(page.documentElement.outerHTML, anchor);
-    };
-});"""
+EXCERPTS = r"""const text = Search.htmlToText;
+Search.htmlToText = (source, anchor) => {
+    const page = new DOMParser().parseFromString(source, "text/html");
+    page.querySelectorAll("div.cell_input, div.math").forEach(part => part.remove());
+    page.querySelectorAll("span.math").forEach(part => {
+        const formula = part.textContent.replace(/^\\\(|\\\)$/g, "");
+        part.textContent = /^[\w ,=]+$/.test(formula) ? formula : "…";
+    });
+    return text(page.documentElement.outerHTML, anchor);
+};"""
 
 
 def in_parts(name: re.Match) -> str:
@@ -104,7 +102,8 @@ RULES = [  # pattern, what replaces it
     (r"\s*<!-- So that users can add custom icons -->\s*<script [^>]*fontawesome\.js[^>]*></script>", ""),
     # Only the search page searches; there the three scripts stand before this tag.
     (r'(<meta name="docsearch:version"[^>]*>)(\s*<script src="[^"]*"></script>){3}', r"\1"),
-    (r'<script [^>]*src="searchindex\.js"></script>(?!<script>)', lambda tag: f"{tag[0]}<script>{EXCERPTS}</script>"),
+    # A module runs in its turn among the deferred scripts: after the search's code, before the index that a search waits for.
+    (r'(?<!</script>)<script [^>]*src="searchindex\.js"></script>', lambda tag: f'<script type="module">{EXCERPTS}</script>{tag[0]}'),
     # No script holds up the page; what two of them set is what is the case without them.
     (r"\s*<script>DOCUMENTATION_OPTIONS\.\w+ = [^<]*</script>", ""),
     (r"<script (?=[^>]*src=)(?![^>]*(?:defer|async))", "<script defer "),
