@@ -16,7 +16,7 @@ from test_book import CHAPTERS, CONTENTS, prose
 ROOT = Path(__file__).parent.parent
 HTML = ROOT / "_build" / "html"
 sys.path.insert(0, str(ROOT / "book" / "_ext"))
-from dark_figures import dark  # noqa: E402
+from dark_figures import dark, lossless  # noqa: E402
 from mended_pages import RULES  # noqa: E402
 
 PAGES = [CONTENTS["root"], *(chapter["file"] for part in CONTENTS["parts"] for chapter in part["chapters"])]
@@ -221,6 +221,17 @@ def test_dark_figures_have_light_strokes_on_the_page_and_their_pictures_as_they_
     assert turned[150, 200, :3].max() * turned[150, 200, 3] / 255 > 180
 
 
+def test_a_figure_is_kept_without_the_channels_that_tell_nothing():
+    noise = np.random.default_rng(0).integers(0, 256, (20, 30, 4), np.uint8)
+    opaque, grey = noise.copy(), noise.copy()
+    opaque[..., 3], grey[..., :3] = 255, noise[..., :1]
+    plain = np.where(np.arange(4) == 3, opaque, grey)
+    for levels, mode in ((noise, "RGBA"), (opaque, "RGB"), (grey, "LA"), (plain, "L")):
+        smaller = lossless(Image.fromarray(levels))
+        assert smaller.mode == mode
+        np.testing.assert_array_equal(np.asarray(smaller.convert("RGBA")), levels)
+
+
 @each(PAGES)
 def test_each_figure_has_a_drawing_for_each_scheme(name):
     soup, folder = page(name), (HTML / f"{name}.html").parent
@@ -230,7 +241,8 @@ def test_each_figure_has_a_drawing_for_each_scheme(name):
     for image in night:
         with Image.open(folder / image["src"]) as figure, Image.open(folder / image["src"].replace(".dark", "")) as other:
             assert figure.size == other.size
-            assert figure.getpixel((0, 0))[3] == 0 or figure.getpixel((figure.width - 1, figure.height - 1))[3] == 0, image["src"]
+            cover = figure.convert("RGBA").getchannel("A")
+            assert cover.getpixel((0, 0)) == 0 or cover.getpixel((figure.width - 1, figure.height - 1)) == 0, image["src"]
 
 
 def test_a_column_of_plain_numbers_is_marked_and_one_of_words_or_spreads_is_not():

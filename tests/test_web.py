@@ -6,6 +6,7 @@ The rules are those of axe-core 4.14.1, which stands in tests/web (Mozilla Publi
 """
 
 import gzip
+import math
 import re
 from html import unescape
 from itertools import pairwise
@@ -150,7 +151,7 @@ def opened(browser, address, name, width=1280, scheme="light"):
     tab.on("pageerror", lambda error: tab.said.append(str(error)))
     context.route("**/*", lambda route: route.continue_() if route.request.url.startswith(address) else route.abort())
     tab.goto(address + name)
-    tab.evaluate("() => window.MathJax?.startup?.promise.then(() => null)")
+    tab.evaluate("() => window.MathJax?.startup?.promise?.then(() => null)")
     return tab
 
 
@@ -425,13 +426,31 @@ def test_the_keyboard_opens_the_search_and_the_search_finds_a_page(open_page):
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/search.html?q=Bernoulli*")
     tab.locator("#search-results li a[href*='mnist-mlp.html']").first.wait_for()
-    tab.route("**/bootstrap.js*", lambda request: (tab.wait_for_timeout(1000), request.continue_()))  # results come before the page is ready
+    # Results come before the page is ready.
+    tab.route("**/bootstrap.js*", lambda request: (tab.wait_for_timeout(1000), request.continue_()))
     tab.goto(tab.url.replace("Bernoulli", "encoder"))
     excerpts = tab.locator("#search-results li p.context")
     excerpts.nth(4).wait_for()
     words = " ".join(excerpts.all_inner_texts())
     assert "encoder" in words.lower()
     assert not re.search(r"\\[(\[a-z]|^import ", words)  # neither formulas as they are typed nor code
+
+
+def test_formulas_are_set_a_few_at_a_time_and_take_before_about_the_place_that_they_have_then(browser, address):
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.add_init_script('setInterval(() => (window.set ??= []).push(document.querySelectorAll("mjx-container").length), 0)')
+    widths = """() => [...document.querySelectorAll("p span.math, td span.math")]
+        .map(span => [...span.getClientRects()].reduce((width, box) => width + box.width, 0)).reduce((a, b) => a + b)"""
+    tab = context.new_page()
+    tab.goto(f"{address}elbo.html")
+    tab.evaluate("() => MathJax.startup.promise.then(() => null)")
+    formulas, set_width = tab.locator(".math").count(), tab.evaluate(widths)
+    assert tab.locator("mjx-container").count() == formulas > 200
+    assert sum(0 < count < formulas for count in set(tab.evaluate("window.set"))) >= 3  # the page did other things meanwhile
+    tab.route("**/tex-svg-full.js*", lambda route: route.abort())
+    tab.reload()
+    assert abs(math.log(tab.evaluate(widths) / set_width)) < 0.2
+    context.close()
 
 
 def test_folds_open_and_code_is_copied(open_page):

@@ -10,12 +10,15 @@ The alternative text is the chapter's, and after the caption stands a link to th
 """
 
 import base64
+import io
 import json
 import os
 from pathlib import Path
 
+from dark_figures import lossless
 from docutils import nodes
 from docutils.parsers.rst import directives
+from PIL import Image
 from sphinx.util.docutils import SphinxDirective
 
 
@@ -51,7 +54,8 @@ class ChapterFigure(SphinxDirective):
         self.env.note_dependency(str(chapter))
         copy = Path(self.env.doctreedir) / "chapter-figures" / f"{name}.png"
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(picture)
+        with Image.open(io.BytesIO(picture)) as drawing:
+            lossless(drawing).save(copy, "PNG", optimize=True)
         page = Path(self.env.doc2path(self.env.docname)).parent
         figure = nodes.figure("", nodes.image(uri=Path(os.path.relpath(copy, page)).as_posix(), alt=alt))
         parsed = self.parse_text_to_nodes(f"{' '.join(self.content)} (In the chapter: {{numref}}`{name}`.)")

@@ -86,6 +86,14 @@ def is_shading(colours: np.ndarray) -> bool:
     return np.sort(counts)[-12:].sum() < 0.2 * counts.sum() and np.ptp(rgb_to_hsv(shades / 255)[:, 0]) < 0.1
 
 
+def lossless(figure: Image.Image) -> Image.Image:
+    """The same figure without channels that tell nothing: colours where all is grey, a cover where all is opaque."""
+    figure, grey = figure.convert("RGBA"), figure.convert("RGBA").convert("LA")
+    smaller = grey if grey.convert("RGBA").tobytes() == figure.tobytes() else figure
+    opaque = figure.getextrema()[3] == (255, 255)
+    return smaller.convert(smaller.mode[:-1]) if opaque else smaller
+
+
 def dark(figure: Image.Image, free: bool = False) -> Image.Image:
     """The figure for a dark page, RGBA, of the same size; `free` as for `frame_of`."""
     ground = Image.new("RGBA", figure.size, "white")

@@ -11,7 +11,7 @@ from html import escape, unescape
 from pathlib import Path
 from urllib.parse import urljoin, urlparse
 
-from dark_figures import dark
+from dark_figures import dark, lossless
 from docutils import nodes
 from PIL import Image
 from pybtex.plugin import register_plugin
@@ -26,6 +26,15 @@ SYSTEM_THEME = '(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "
 UNFOLDED = """["toggle", "click"].forEach(kind => document.addEventListener(kind, event => {
     if (event.target.closest?.("details, .toggle")) window.dispatchEvent(new Event("resize"));
 }, true));"""
+
+# MathJax sets a few formulas at a time: a page of hundreds answers the reader meanwhile.
+TYPESET = """if (window.MathJax) MathJax.startup = {pageReady: async () => {
+    const formulas = [...document.querySelectorAll(".math")];
+    while (formulas.length) {
+        await MathJax.typesetPromise(formulas.splice(0, 12));
+        await new Promise(done => setTimeout(done));
+    }
+}};"""
 
 # An excerpt on the search page is a page's bare text: without code, and of formulas only letters and numbers.
 EXCERPTS = r"""const text = Search.htmlToText;
@@ -103,7 +112,10 @@ RULES = [  # pattern, what replaces it
     # Only the search page searches; there the three scripts stand before this tag.
     (r'(<meta name="docsearch:version"[^>]*>)(\s*<script src="[^"]*"></script>){3}', r"\1"),
     # A module runs in its turn among the deferred scripts: after the search's code, before the index that a search waits for.
-    (r'(?<!</script>)<script [^>]*src="searchindex\.js"></script>', lambda tag: f'<script type="module">{EXCERPTS}</script>{tag[0]}'),
+    (
+        r'(?<!</script>)<script [^>]*src="searchindex\.js"></script>',
+        lambda tag: f'<script type="module">{EXCERPTS}</script>{tag[0]}',
+    ),
     # No script holds up the page; what two of them set is what is the case without them.
     (r"\s*<script>DOCUMENTATION_OPTIONS\.\w+ = [^<]*</script>", ""),
     (r"<script (?=[^>]*src=)(?![^>]*(?:defer|async))", "<script defer "),
@@ -174,7 +186,7 @@ def lighter(page: str, address: str, folder: Path) -> str:
         with Image.open(path) as figure:
             width, height = figure.size
             if not other.exists() or other.stat().st_mtime < path.stat().st_mtime:
-                dark(figure, free=path.name.startswith("open-")).save(other)
+                lossless(dark(figure, free=path.name.startswith("open-"))).save(other)
         rest = re.sub(r' class="[^"]*"', "", match[0][4:])
         pair = [
             f'<img loading="lazy" class="only-{scheme}" width="{width}" height="{height}"{text}'
@@ -233,6 +245,7 @@ register_plugin("pybtex.style.formatting", "surnames", SurnamesFirst)
 
 def setup(app):
     app.add_js_file(None, body=UNFOLDED)
+    app.add_js_file(None, body=TYPESET, priority=800)  # after MathJax's configuration
     app.connect("html-page-context", add_description, priority=400)  # before opengraph
     app.connect("autodoc-process-docstring", tidy_docstring)
     app.connect("autodoc-skip-member", skip_fields)
