@@ -31,7 +31,7 @@ UNFOLDED = """["toggle", "click"].forEach(kind => document.addEventListener(kind
 TYPESET = """if (window.MathJax) MathJax.startup = {pageReady: async () => {
     const formulas = [...document.querySelectorAll(".math")];
     while (formulas.length) {
-        await MathJax.typesetPromise(formulas.splice(0, 12));
+        await MathJax.typesetPromise(formulas.splice(0, 4));
         await new Promise(done => setTimeout(done));
     }
 }};"""
