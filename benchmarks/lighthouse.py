@@ -6,7 +6,8 @@ Without names all pages of the table of contents are scored.
 
 Needs the built book (`make book`), node (18.16 or newer) and Chromium or Chrome; `npx` gets Lighthouse itself, in the version below,
 or LIGHTHOUSE names its command. The pages are served from this machine, compressed as a public server does, below the path where they
-are published. Of each score the median of the rounds counts: performance varies with what else the machine does, the others do not.
+are published. Performance varies with what else the machine does: the median of the rounds counts. The other scores do not, and the
+first round measures them.
 
 With VAELIB_RESULTS set the table is entered into the ledger as `lighthouse`.
 """
@@ -70,15 +71,16 @@ def contents():
     ]
 
 
-def scores(address, chrome, form):
+def scores(address, chrome, form, categories):
     """One run of Lighthouse: the scores from 0 to 100, and the kilobytes that the page loads."""
     command = shlex.split(os.environ.get("LIGHTHOUSE", f"npx --yes lighthouse@{VERSION}"))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "report.json"
         options = [*FORMS[form], "--quiet", "--output=json", f"--output-path={out}", f"--chrome-flags={FLAGS}"]
+        options.append(f"--only-categories={','.join(categories)}")
         subprocess.run([*command, address, *options], check=True, env={**os.environ, "CHROME_PATH": chrome})
         report = json.loads(out.read_text(encoding="utf-8"))
-    found = {name: round(100 * report["categories"][name]["score"]) for name in CATEGORIES}
+    found = {name: round(100 * report["categories"][name]["score"]) for name in categories}
     return found | {"kilobytes": round(report["audits"]["total-byte-weight"]["numericValue"] / 1000)}
 
 
@@ -102,8 +104,8 @@ def main():
     for name in arguments.pages:
         address = f"http://127.0.0.1:{server.server_port}{PREFIX}/{name}.html"
         for form in [form for form in FORMS if times[form]]:
-            rounds = [scores(address, chrome, form) for _ in range(times[form])]
-            medians = {key: statistics.median(found[key] for found in rounds) for key in rounds[0]}
+            rounds = [scores(address, chrome, form, CATEGORIES[: 1 if k else None]) for k in range(times[form])]
+            medians = {key: statistics.median(found[key] for found in rounds if key in found) for key in rounds[0]}
             metrics["pages"].setdefault(name, {})[form] = medians
             print(f"{name:28} {form:8}" + "  ".join(f"{key} {value:g}" for key, value in medians.items()), file=sys.stderr)
     server.shutdown()
