@@ -117,9 +117,9 @@ def main():
         print(json.dumps(made))
         return
     print(f"{hardware()['processor']}, Lighthouse {VERSION}, the lowest over {len(arguments.pages)} pages")
-    for form in FORMS:
-        rows = [row[form] for row in metrics["pages"].values() if form in row]
-        lowest = {key: min(row[key] for row in rows) for key in CATEGORIES if rows}
+    for form in [form for form in FORMS if times[form]]:
+        rows = [row[form] for row in metrics["pages"].values()]
+        lowest = {key: min(row[key] for row in rows) for key in CATEGORIES}
         print(f"  {form:10}" + "  ".join(f"{key} {value:g}" for key, value in lowest.items()))
 
 

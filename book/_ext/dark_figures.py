@@ -88,7 +88,8 @@ def is_shading(colours: np.ndarray) -> bool:
 
 def lossless(figure: Image.Image) -> Image.Image:
     """The same figure without channels that tell nothing: colours where all is grey, a cover where all is opaque."""
-    figure, grey = figure.convert("RGBA"), figure.convert("RGBA").convert("LA")
+    figure = figure.convert("RGBA")
+    grey = figure.convert("LA")
     smaller = grey if grey.convert("RGBA").tobytes() == figure.tobytes() else figure
     opaque = figure.getextrema()[3] == (255, 255)
     return smaller.convert(smaller.mode[:-1]) if opaque else smaller
